@@ -1,0 +1,45 @@
+.PHONY: help demo test lint man bench lock clean
+.DEFAULT_GOAL := help
+
+python := .venv/bin/python
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+
+demo:  ## mount a real image, read it, corrupt an object, see what happens
+	@.ci/setup run
+	@integration/demo.sh
+
+test: lint  ## lint, unit tests, then the integration tests that are not slow
+	@.ci/setup test
+	$(python) -m pytest
+	$(python) -m pytest integration -m "not slow"
+
+lint:  ## ruff and mypy
+	@.ci/setup run
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+
+man:  ## write docs/man from the argument parser
+	@.ci/setup run
+	$(python) -m cfsfuse.cli.man docs/man
+
+bench:  ## measure speed; ARGS="--help" tells what
+	@.ci/setup test
+	$(python) -m integration.speed $(ARGS)
+
+lock_python := build/lock/bin/python
+lock_command := $(lock_python) -m uv pip compile --quiet --upgrade --generate-hashes --universal --python-version 3.11 \
+    --custom-compile-command "make lock"
+
+lock:  ## pin the newest versions of all requirements, with their hashes
+	@.ci/setup run
+	$(python) -m venv build/lock
+	$(lock_python) -m pip --quiet install uv
+	$(lock_command) --group dev pyproject.toml --output-file requirements/dev.txt
+	$(lock_command) --group build --constraints requirements/dev.txt --output-file requirements/build.txt
+
+clean:  ## remove what the other targets made, .venv too
+	rm -rf .venv build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find cfsfuse tests integration -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,125 @@
+"""`cfsfuse VERB …`: the verbs, the parsers, and the one table of exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from cfsfuse import __version__
+from cfsfuse.errors import CfsError, HostError, ImageDigestMismatch, ImageError, ObjectError, PathNotFound, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DONE = 0
+CHECK_FAILED = 1
+USAGE = 2
+BAD = 3
+IMPOSSIBLE = 4
+
+EXIT_CODES: dict[type[CfsError], int] = {
+    UsageError: USAGE,
+    PathNotFound: USAGE,
+    HostError: IMPOSSIBLE,
+    ImageError: BAD,
+    ImageDigestMismatch: BAD,
+    ObjectError: BAD,
+}
+
+EXIT_CODE_TEXT = """\
+exit codes:
+  0  done
+  1  the check failed
+  2  the command line is wrong
+  3  the image or an object is bad
+  4  not possible on this host (the message says what would make it possible)
+"""
+
+
+class Verb(NamedTuple):
+    """A verb: its module in `cfsfuse.cli`, with `configure(parser)` and `run(arguments)`, and what it does."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "mount": Verb("mount", "mount an image, every block verified"),
+    "umount": Verb("umount", "unmount it again"),
+    "ls": Verb("ls", "list the paths of images"),
+    "dump": Verb("dump", "print images as composefs-dump(5)"),
+    "objects": Verb("objects", "list the objects that images need"),
+    "missing-objects": Verb("missing_objects", "list those that the base directories lack"),
+    "cat": Verb("cat", "print a file of an image, verified"),
+    "stat": Verb("stat", "show what an image says of a path"),
+    "extract": Verb("extract", "copy a tree out of an image, verified, without mounting"),
+    "measure": Verb("measure", "print the fs-verity digests of files"),
+    "completion": Verb("completion", "print a completion script for a shell"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends in one line, as every other error does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: that of the process) and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    parser = make_parser([verb] if verb in VERBS else [])
+    parsed = parser.parse_args(words)
+    return guard(lambda: int(parsed.run(parsed)), debug=parsed.debug, program=parser.prog)
+
+
+def make_parser(verbs: Sequence[str] | None = None) -> Parser:
+    """Return the parser, with the options of `verbs` only: the others' modules are not imported. None means all."""
+    parser = Parser(
+        prog="cfsfuse",
+        description="Mount composefs images in user space, every block verified; inspect and extract them.",
+        epilog=EXIT_CODE_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cfsfuse {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary[0].upper() + verb.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verbs is None or name in verbs:
+            module = importlib.import_module(f"cfsfuse.cli.{verb.module}")
+            module.configure(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def guard(run: Callable[[], int], *, debug: bool, program: str) -> int:
+    """Run a command; print a domain error as one line and return its exit code."""
+    try:
+        status = run()
+        sys.stdout.flush()
+    except CfsError as error:
+        if debug:
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as head(1) does; without this the interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

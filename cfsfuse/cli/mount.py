@@ -1,0 +1,41 @@
+"""`cfsfuse mount`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cfsfuse.mount.fuse import mount
+from cfsfuse.mount.options import parse
+
+if TYPE_CHECKING:
+    import argparse
+
+OPTION_HELP = """\
+mount options (-o, separated by commas; \\, and \\: stand for a comma and a colon in a path):
+  basedir=DIR[:DIR]   where the objects are; searched in this order
+  digest=HEX          the fs-verity digest that the image must have
+  verity              fail to open files whose entry records no digest
+  tryverity           verify the files whose entry records a digest (the default)
+  noverity            verify nothing
+  allow_other         let other users in; the default for root (noallow_other)
+  uid=N, gid=N        show every file as owned by this user, by this group
+  statfs=store|image  the free space that df shows: of the object store (default), or none
+  log=FILE            write the log there instead of to the system's log
+  poll=US             after a request wait that long for the next without sleeping (100 µs; 0: never)
+  nosuid, dev, noexec and the like are the kernel's; ro, rw and those of fstab are accepted
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = OPTION_HELP
+    parser.add_argument("image", metavar="IMAGE", help="the composefs image")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument(
+        "-o", "--options", metavar="OPTIONS", action="append", default=[], help="mount options, see below"
+    )
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to standard error")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    mount(arguments.image, arguments.mountpoint, parse(",".join(arguments.options)), foreground=arguments.foreground)
+    return 0

@@ -1,0 +1,89 @@
+"""The overlay convention: how an EROFS image says where contents are, and what of it a mount shows.
+
+The kernel composefs mount is overlayfs over the EROFS image and the objects. overlayfs keeps its own data in
+`trusted.overlay.*`: `redirect` and `metacopy` say where the content of a file is and what its digest is. An xattr of
+the content that has such a name is stored escaped, as `trusted.overlay.overlay.*`.
+https://docs.kernel.org/filesystems/overlayfs.html, sections "Metadata only copy up" and "Nesting overlayfs mounts".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cfsfuse.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cfsfuse.erofs.xattr import Xattr
+
+PREFIX = b"trusted.overlay."
+ESCAPED_PREFIX = PREFIX + b"overlay."
+REDIRECT = PREFIX + b"redirect"
+METACOPY = PREFIX + b"metacopy"
+ESCAPED_WHITEOUT = ESCAPED_PREFIX + b"whiteout"
+# What the writer adds to mark whiteouts for both kinds of overlay mounts; the author of the tree did not write these.
+_MARKS = frozenset((ESCAPED_PREFIX + b"whiteouts", b"user.overlay.whiteout", b"user.overlay.whiteouts"))
+
+# The name index 0 stores a name whole. The kernel's EROFS has no handler for it, so no mount shows such an xattr.
+_UNHANDLED_INDEX = 0
+
+DIGEST_SIZES = {1: ("sha256", 32), 2: ("sha512", 64)}
+_METACOPY_HEADER = 4
+
+
+class Digest(NamedTuple):
+    """An fs-verity digest: the algorithm's hashlib name, and 32 or 64 bytes."""
+
+    algorithm: str
+    value: bytes
+
+
+def mounted_xattrs(stored: Iterable[Xattr]) -> dict[bytes, bytes]:
+    """Return the xattrs that the kernel mount shows to root, in order; of a name that stands twice, the first."""
+    shown: dict[bytes, bytes] = {}
+    for name, value, index in stored:
+        if index == _UNHANDLED_INDEX:
+            continue
+        visible = unescaped(name)
+        if visible is not None:
+            shown.setdefault(visible, value)
+    return shown
+
+
+def authored_xattrs(stored: Iterable[Xattr], *, is_regular: bool) -> dict[bytes, bytes]:
+    """Return the xattrs as the author of the tree had them: those of composefs-dump(5), in order."""
+    authored: dict[bytes, bytes] = {}
+    for name, value, _ in stored:
+        if name in _MARKS or (name == ESCAPED_WHITEOUT and is_regular):
+            continue
+        plain = unescaped(name)
+        if plain is not None:
+            authored[plain] = value
+    return authored
+
+
+def unescaped(name: bytes) -> bytes | None:
+    """Return the name under which a stored xattr is shown, or None for those that are overlayfs' own."""
+    if not name.startswith(PREFIX):
+        return name
+    if name.startswith(ESCAPED_PREFIX):
+        return PREFIX + name[len(ESCAPED_PREFIX) :]
+    return None
+
+
+def metacopy_digest(value: bytes) -> Digest | None:
+    """Return the digest in the value of `trusted.overlay.metacopy`, None when it records none.
+
+    The layout is the kernel's `struct ovl_metacopy`: version 0, length of the whole, flags 0, digest algorithm, digest.
+    """
+    if not value:
+        return None
+    if len(value) < _METACOPY_HEADER or value[0] != 0 or value[1] != len(value) or value[2] != 0:
+        raise ImageError(METACOPY.decode(), f"malformed: {value[:8].hex()}… of {len(value)} bytes")
+    if len(value) == _METACOPY_HEADER:
+        return None
+    algorithm, size = DIGEST_SIZES.get(value[3], ("", 0))
+    if len(value) != _METACOPY_HEADER + size:
+        raise ImageError(METACOPY.decode(), f"digest algorithm {value[3]} with {len(value) - _METACOPY_HEADER} bytes")
+    return Digest(algorithm, value[_METACOPY_HEADER:])

@@ -1,0 +1,175 @@
+"""nid → node: the image as a tree, read lazily. Opening an image costs the same for 10 and for 1,000,000 entries.
+
+Nothing recurses, so the depth of a hostile image costs no stack; nothing is kept, so its breadth costs no memory.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING
+
+from cfsfuse.erofs import dirent, ondisk, overlay
+from cfsfuse.erofs.inode import Inode, check_holes, flat_data, read_inode
+from cfsfuse.erofs.ondisk import DataLayout
+from cfsfuse.erofs.xattr import surely_absent, xattrs
+from cfsfuse.errors import ImageError, PathNotFound
+from cfsfuse.tree import Device, Directory, External, Inline, Node, Sparse, Stat, Symlink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cfsfuse.erofs.dirent import Dirent
+    from cfsfuse.erofs.image import Image, Nid
+
+_DOTS = (b".", b"..")
+
+
+class Reader:
+    """The tree of a composefs image, as the kernel composefs mount shows it.
+
+    `authored` alone differs: it gives a node as composefs-dump(5) writes it.
+    """
+
+    def __init__(self, image: Image) -> None:
+        """Check that `image` is acceptable as composefs and that its root is a directory."""
+        image.require_composefs()
+        self.image = image
+        self.root = self.inode(image.root_nid)
+        if not self.root.is_directory:
+            raise ImageError("root_nid", f"nid {image.root_nid} is not a directory")
+
+    def inode(self, nid: Nid) -> Inode:
+        """Return the inode of `nid`."""
+        return read_inode(self.image, nid)
+
+    def lookup(self, directory: Inode, name: bytes) -> Inode | None:
+        """Return the inode that `name` has in `directory`, None when it has none that a mount would show."""
+        nid = dirent.find(self.image, self._directory(directory), name)
+        if nid is None:
+            return None
+        inode = read_inode(self.image, nid)
+        return None if inode.is_whiteout else inode
+
+    def entries(self, directory: Inode) -> Iterator[tuple[bytes, Inode]]:
+        """Yield name and inode of what `directory` shows, in the order of the names' bytes, `.` and `..` included."""
+        for name, nid, _ in dirent.dirents(self.image, self._directory(directory)):
+            inode = read_inode(self.image, nid)
+            if not inode.is_whiteout:
+                yield name, inode
+
+    def block(self, directory: Inode, index: int) -> list[Dirent] | None:
+        """Return the dirents of directory block `index`, hidden ones included, None behind the last block."""
+        return dirent.block(self.image, self._directory(directory), index)
+
+    def walk(self, path: bytes = b"/", *, start: Inode | None = None) -> Iterator[tuple[bytes, Inode]]:
+        """Yield path and inode of the directory `start` and all below it, depth first, names in the order of bytes.
+
+        Raises ImageError when a directory is met twice: composefs has no hard links to directories, so it is a cycle.
+        """
+        top = start or self.root
+        seen = {top.nid}
+        yield path, top
+        stack = [(path.rstrip(b"/"), self.entries(top))] if top.is_directory else []
+        while stack:
+            base, children = stack[-1]
+            name, inode = next(children, (b"", None))
+            if inode is None:
+                stack.pop()
+            elif name not in _DOTS:
+                child = base + b"/" + name
+                yield child, inode
+                if inode.is_directory:
+                    if inode.nid in seen:
+                        raise ImageError("dirent nid", f"directory nid {inode.nid} is reached twice: a cycle")
+                    seen.add(inode.nid)
+                    stack.append((child, self.entries(inode)))
+
+    def path_of(self, nid: Nid) -> bytes | None:
+        """Return a path that leads to `nid`: a search through all directories, for messages."""
+        seen = set()
+        stack = [(b"", self.root.nid)]
+        while stack:
+            base, at = stack.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            for name, found, file_type in dirent.dirents(self.image, self._directory(self.inode(at))):
+                if name in _DOTS:
+                    continue
+                if found == nid:
+                    return base + b"/" + name
+                if file_type == ondisk.FT_DIR:
+                    stack.append((base + b"/" + name, found))
+        return None
+
+    def resolve(self, path: bytes) -> Inode:
+        """Return the inode at `path`, following no symlink; raise PathNotFound."""
+        inode = self.root
+        for name in path.split(b"/"):
+            if name in (b"", b"."):
+                continue
+            found = self.lookup(inode, name) if inode.is_directory else None
+            if found is None:
+                raise PathNotFound(path)
+            inode = found
+        return inode
+
+    def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
+        """Return the xattrs that the kernel mount shows to root."""
+        return overlay.mounted_xattrs(xattrs(self.image, inode)) if inode.xattr_offset else {}
+
+    def readlink(self, inode: Inode) -> bytes:
+        """Return the target of a symbolic link."""
+        if inode.layout is DataLayout.CHUNK_BASED or not 0 < inode.size <= ondisk.SYMLINK_MAX:
+            raise ImageError("symlink", f"nid {inode.nid}: {inode.size} bytes in layout {inode.layout.name}")
+        target = flat_data(self.image, inode)
+        # The kernel shows a link up to its first NUL, but reports the full size: no writer makes one.
+        if b"\0" in target:
+            raise ImageError("symlink", f"nid {inode.nid}: the target has a NUL byte")
+        return target
+
+    def node(self, inode: Inode) -> Node:
+        """Return the node of `inode` as the kernel mount shows it, with its content or where that is."""
+        return self._node(inode, _stat(inode), self.xattrs(inode))
+
+    def authored(self, inode: Inode) -> Node:
+        """Return the node of `inode` as composefs-dump(5) writes it: an escaped whiteout is a 0:0 device again."""
+        stored = list(xattrs(self.image, inode))
+        plain = overlay.authored_xattrs(stored, is_regular=inode.is_regular)
+        if inode.is_regular and any(name == overlay.ESCAPED_WHITEOUT for name, _, _ in stored):
+            mode = stat.S_IFCHR | stat.S_IMODE(inode.mode)
+            return Device(_stat(inode)._replace(mode=mode, size=0), plain)
+        return self._node(inode, _stat(inode), plain)
+
+    def _node(self, inode: Inode, status: Stat, shown: dict[bytes, bytes]) -> Node:
+        if inode.is_directory:
+            return Directory(status, shown)
+        if inode.is_symlink:
+            return Symlink(status, shown, self.readlink(inode))
+        if not inode.is_regular:
+            return Device(status, shown)
+        metacopy = self._own_xattr(inode, overlay.METACOPY)
+        if metacopy is not None:
+            redirect = self._own_xattr(inode, overlay.REDIRECT) or b""
+            path = redirect[1:] if redirect.startswith(b"/") else None
+            return External(status, shown, path, overlay.metacopy_digest(metacopy))
+        if inode.layout is DataLayout.CHUNK_BASED:
+            check_holes(self.image, inode)
+            return Sparse(status, shown)
+        return Inline(status, shown, flat_data(self.image, inode))
+
+    def _own_xattr(self, inode: Inode, name: bytes) -> bytes | None:
+        """Return an xattr of overlayfs itself, which `xattrs` hides."""
+        if surely_absent(self.image, inode, 4, name.removeprefix(b"trusted.")):
+            return None
+        return next((value for stored, value, _ in xattrs(self.image, inode) if stored == name), None)
+
+    def _directory(self, inode: Inode) -> Inode:
+        """Return `inode` when it is a directory whose data can be read as one."""
+        if not inode.is_directory or inode.layout is DataLayout.CHUNK_BASED:
+            raise ImageError("i_mode", f"nid {inode.nid} is used as a directory: {inode.mode:o} {inode.layout.name}")
+        return inode
+
+
+def _stat(inode: Inode) -> Stat:
+    return Stat(inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size, inode.mtime_ns)

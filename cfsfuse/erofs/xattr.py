@@ -1,0 +1,71 @@
+"""The xattrs of an inode as they stand in the image, inline ones first, then shared ones.
+
+https://docs.kernel.org/filesystems/erofs.html#extended-attributes. What of them a user sees is `overlay.py`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import xxhash
+
+from cfsfuse.erofs import ondisk
+from cfsfuse.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cfsfuse.erofs.image import Image
+    from cfsfuse.erofs.inode import Inode
+
+
+class Xattr(NamedTuple):
+    """A full name, such as b"user.mime_type", and its value; `index` is the on-disk name index."""
+
+    name: bytes
+    value: bytes
+    index: int
+
+
+def xattrs(image: Image, inode: Inode) -> Iterator[Xattr]:
+    """Yield the xattrs of `inode` in the order in which the kernel looks at them: inline, then shared."""
+    if not inode.xattr_offset:
+        return
+    offset = inode.xattr_offset
+    _, shared_count = image.unpack(ondisk.XATTR_IBODY_HEADER, offset, "xattr body header")
+    shared = offset + ondisk.XATTR_IBODY_HEADER.size
+    position = shared + 4 * shared_count
+    if position > inode.data_offset:
+        raise ImageError("h_shared_count", f"{shared_count} do not fit in the inode's xattrs", offset)
+    while position + ondisk.XATTR_ENTRY.size <= inode.data_offset:
+        xattr, position = _entry(image, position)
+        if position > inode.data_offset:
+            raise ImageError("xattr entry", "reaches beyond the inode's xattrs", position)
+        yield xattr
+    ids = image.slice(shared, 4 * shared_count, "h_shared_xattrs")
+    for at in range(0, 4 * shared_count, 4):
+        yield _entry(image, image.xattr_offset + 4 * int.from_bytes(ids[at : at + 4], "little"))[0]
+
+
+def surely_absent(image: Image, inode: Inode, index: int, suffix: bytes) -> bool:
+    """Return whether the name filter rules out the xattr `suffix` under name index `index`.
+
+    The filter is a Bloom filter of one hash: bit xxh32(suffix, seed + index) % 32 is set when no xattr has that hash.
+    """
+    if not inode.xattr_offset:
+        return True
+    name_filter, _ = image.unpack(ondisk.XATTR_IBODY_HEADER, inode.xattr_offset, "xattr body header")
+    bit = xxhash.xxh32_intdigest(suffix, ondisk.XATTR_FILTER_SEED + index) & 31
+    return bool(name_filter >> bit & 1)
+
+
+def _entry(image: Image, offset: int) -> tuple[Xattr, int]:
+    """Return the xattr entry at `offset`, and where the next one would start."""
+    name_len, index, value_size = image.unpack(ondisk.XATTR_ENTRY, offset, "xattr entry")
+    prefix = ondisk.XATTR_PREFIXES.get(index)
+    if prefix is None:
+        raise ImageError("e_name_index", f"{index} is not one of composefs", offset)
+    start = offset + ondisk.XATTR_ENTRY.size
+    body = bytes(image.slice(start, name_len + value_size, "xattr entry"))
+    end = start + name_len + value_size
+    return Xattr(prefix + body[:name_len], body[name_len:], index), end + -end % ondisk.XATTR_ALIGN

@@ -1,0 +1,204 @@
+"""pyfuse3's operations over a `Vfs`: conversions, prepared answers, and the one table of errno."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import stat
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FUSEError
+
+from cfsfuse.errors import (
+    CfsError,
+    DigestMismatch,
+    ImageError,
+    ObjectForbidden,
+    ObjectMissing,
+    ObjectUnusable,
+    PathNotFound,
+)
+from cfsfuse.fuse.caller import sees_trusted
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, StatvfsData, XAttrNameT
+
+    from cfsfuse.erofs.inode import Inode
+    from cfsfuse.vfs import Vfs
+
+log = logging.getLogger(__name__)
+
+# The view never changes, so the kernel may keep everything it has learnt: a year, in seconds.
+FOREVER = 365 * 24 * 3600.0
+
+ERRNO: dict[type[CfsError], int] = {
+    PathNotFound: errno.ENOENT,
+    ObjectMissing: errno.ENOENT,
+    ObjectForbidden: errno.EACCES,
+    ObjectUnusable: errno.EIO,
+    DigestMismatch: errno.EIO,
+    ImageError: errno.EIO,
+}
+
+_XATTR_PREFIXES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
+# The cookie of an entry is the index of its directory block times this, plus its place there, so that a listing goes on
+# anywhere at no cost. A block of 4096 bytes has at most 315 dirents.
+_COOKIES = 512
+
+_DEVICE_MASK = 0o130000  # S_IFCHR and S_IFBLK agree in these bits of S_IFMT, and no other type does
+
+Handler = TypeVar("Handler", bound="Callable[..., Awaitable[Any]]")
+
+
+def guarded(handler: Handler) -> Handler:
+    """Turn domain errors into an errno, and everything unexpected into EIO and a traceback in the log.
+
+    pyfuse3 ends the whole session for any exception but FUSEError: one bad inode must not unmount the rest.
+    """
+
+    @functools.wraps(handler)
+    async def answer(*arguments: Any) -> Any:
+        try:
+            return await handler(*arguments)
+        except FUSEError:
+            raise
+        except CfsError as error:
+            if isinstance(error, ImageError):
+                log.error("image: %s", error)
+            raise FUSEError(ERRNO.get(type(error), errno.EIO)) from None
+        except Exception:
+            log.exception("unexpected error in %s%r", handler.__name__, arguments[1:])
+            raise FUSEError(errno.EIO) from None
+
+    return answer  # type: ignore[return-value]  # the wrapper takes and returns what the handler does
+
+
+class Operations(pyfuse3.Operations):
+    """The adapter. Inode numbers are nids, except that FUSE calls the root 1; a handle of an open file is its nid."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, vfs: Vfs, *, uid: int | None = None, gid: int | None = None) -> None:
+        """Serve `vfs`; `uid` and `gid` replace every owner when given."""
+        super().__init__()
+        self._vfs = vfs
+        self._uid = uid
+        self._gid = gid
+        self._root = vfs.root.nid
+        self.enable_acl = vfs.reader.image.has_acl
+        self._shared = EntryAttributes()
+        self._shared.entry_timeout = self._shared.attr_timeout = FOREVER
+        self._shared_rest: tuple[int, ...] = ()
+        self._absent = EntryAttributes()
+        self._absent.entry_timeout = FOREVER
+
+    @guarded
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        inode = self._vfs.lookup(self._nid(parent_inode), name)
+        return self._absent if inode is None else self._filled(inode)
+
+    @guarded
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._filled(self._vfs.inode(self._nid(inode)))
+
+    @guarded
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return pyfuse3.FileNameT(self._vfs.readlink(self._nid(inode)))
+
+    @guarded
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return pyfuse3.FileHandleT(self._nid(inode))
+
+    @guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        reply = pyfuse3.readdir_reply
+        block, skip = divmod(start_id, _COOKIES)
+        entries = self._vfs.entries(fh, block)
+        while entries is not None:
+            cookie = block * _COOKIES + skip
+            for name, inode in entries[skip:] if skip else entries:
+                cookie += 1
+                if not reply(token, name, self._filled(inode), cookie):  # type: ignore[arg-type]  # a FileNameT
+                    return
+            block, skip = block + 1, 0
+            entries = self._vfs.entries(fh, block)
+
+    @guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+    @guarded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        nid = self._nid(inode)
+        await self._vfs.open(nid)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(nid), keep_cache=True)
+
+    @guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self._vfs.read(fh, off, size)  # type: ignore[return-value]  # any contiguous buffer will do
+
+    @guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        # ENOSYS once, and the kernel never asks again: closing a file costs one request less.
+        raise FUSEError(errno.ENOSYS)
+
+    @guarded
+    async def release(self, fh: FileHandleT) -> None:
+        pass
+
+    @guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        value = self._vfs.xattrs(self._nid(inode)).get(name)
+        if value is None:
+            raise FUSEError(errno.ENODATA if name.startswith(_XATTR_PREFIXES) else errno.EOPNOTSUPP)
+        return value
+
+    @guarded
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        names = list(self._vfs.xattrs(self._nid(inode)))
+        if any(name.startswith(b"trusted.") for name in names) and not sees_trusted(ctx.pid):
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return [pyfuse3.XAttrNameT(name) for name in names]
+
+    @guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = self._vfs.statfs()
+        answer = pyfuse3.StatvfsData()
+        for field, value in space._asdict().items():
+            setattr(answer, field, value)
+        return answer
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        pass  # nothing is kept for an inode
+
+    def _nid(self, inode: int) -> int:
+        return self._root if inode == pyfuse3.ROOT_INODE else inode
+
+    def _filled(self, inode: Inode) -> EntryAttributes:
+        """Return the attributes of `inode` in the one object that every listing uses: making one costs more than
+        filling.
+
+        Neighbours in a directory agree in most fields, and a comparison costs less than setting them.
+        """
+        answer = self._shared
+        nid, mode, nlink, uid, gid, size, mtime_ns, _, _, _, _ = inode
+        if nid <= pyfuse3.ROOT_INODE:
+            raise ImageError("dirent nid", f"{nid} stands for the root, or for nothing, in FUSE")
+        answer.st_ino = nid  # type: ignore[assignment]  # a Nid is what FUSE calls an InodeT
+        answer.st_mode = mode  # type: ignore[assignment]  # likewise a ModeT
+        answer.st_size = size
+        answer.st_blocks = (size + 4095 >> 12) << 3
+        rest = (nlink, uid, gid, mtime_ns, inode.i_u if mode & _DEVICE_MASK == stat.S_IFCHR else 0)
+        if rest != self._shared_rest:
+            self._shared_rest = rest
+            answer.st_nlink = nlink
+            answer.st_uid = uid if self._uid is None else self._uid
+            answer.st_gid = gid if self._gid is None else self._gid
+            answer.st_rdev = rest[4]
+            answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = mtime_ns
+        return answer

@@ -1,0 +1,139 @@
+"""The life of a mounted session: one AsyncExitStack, read from top to bottom.
+
+pyfuse3 keeps one session a process, in globals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import tempfile
+import types
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from cfsfuse.errors import HostError
+from cfsfuse.fuse.operations import Operations
+from cfsfuse.fuse.polling import RequestWaiter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from cfsfuse.vfs import Vfs
+
+log = logging.getLogger(__name__)
+
+# Requests answered at once: those that wait for a disk, and one that does not. Further ones wait in the kernel.
+_TASKS = 24
+
+
+class Turn:
+    """Lets one task at a time wait for requests: pyfuse3 takes it around its wait, as it would a trio.Lock.
+
+    A trio.Lock hands over to the next task whenever it is released, at the cost of a round of the scheduler for every
+    request. Here the task that has answered a request without suspending goes on with the next one; another one takes
+    the turn only when it has suspended.
+    """
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._woken = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._taken:
+            await self._waiting.park()
+            self._woken = False
+        self._taken = True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._taken = False
+        if not self._woken and self._waiting:
+            self._woken = True
+            self._waiting.unpark()
+
+
+async def serve(
+    vfs: Vfs,
+    mountpoint: str,
+    options: Sequence[str],
+    *,
+    ready: Callable[[], None],
+    poll: float,
+    uid: int | None = None,
+    gid: int | None = None,
+) -> None:
+    """Mount `vfs` at `mountpoint` and serve it until it is unmounted, or until SIGINT or SIGTERM.
+
+    `options` are libfuse's, `ready` is called once the mount is usable, `poll` is in seconds. Raises HostError, with
+    what libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+        _mount(Operations(vfs, uid=uid, gid=gid), mountpoint, options)
+        # Harmless when somebody has unmounted it already; lazily, so a mount in use goes away as well.
+        stack.callback(pyfuse3.close, unmount=True)
+        stack.enter_context(_polled(RequestWaiter(poll, lambda: vfs.in_flight == 0)))
+        # What exists now lives as long as the mount: no collection needs to look at it again.
+        gc.freeze()
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_stop_on_signal, signals)
+        ready()
+        await pyfuse3.main(min_tasks=_TASKS, max_tasks=_TASKS)
+        nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal(signals: Any) -> None:
+    async for number in signals:
+        log.info("%s: unmounting", signal.Signals(number).name)
+        pyfuse3.terminate()
+        return
+
+
+@contextlib.contextmanager
+def _polled(waiter: RequestWaiter) -> Iterator[None]:
+    """Let pyfuse3 wait through `waiter`: it takes what it needs of trio from its own global, as for asyncio."""
+    original = pyfuse3.trio  # type: ignore[attr-defined]  # not in the stubs; pyfuse3.asyncio replaces it as well
+    lowlevel = types.SimpleNamespace(**vars(trio.lowlevel))
+    lowlevel.wait_readable = waiter.wait_readable
+    pyfuse3.trio = types.SimpleNamespace(**vars(trio))  # type: ignore[attr-defined]  # likewise
+    pyfuse3.trio.lowlevel = lowlevel  # type: ignore[attr-defined]  # likewise
+    pyfuse3.trio.Lock = Turn  # type: ignore[attr-defined]  # likewise
+    try:
+        yield
+    finally:
+        pyfuse3.trio = original  # type: ignore[attr-defined]  # likewise
+
+
+def _mount(operations: Operations, mountpoint: str, options: Sequence[str]) -> None:
+    with _captured_stderr() as said:
+        try:
+            pyfuse3.init(operations, mountpoint, set(options))
+        except RuntimeError as error:
+            reason = " ".join(said().split()) or str(error)
+            raise HostError(f"{mountpoint}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Give what is written to descriptor 2: libfuse and fusermount3 say their reasons only there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

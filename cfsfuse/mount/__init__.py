@@ -1,0 +1,1 @@
+"""Mounting: options, checks of the host, and the life of the daemon."""

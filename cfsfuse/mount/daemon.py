@@ -1,0 +1,104 @@
+"""Going to the background, and only then saying that all is well."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import platformdirs
+
+from cfsfuse.errors import CfsError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_SYSLOG = "/dev/log"
+_READY = b"\0"
+
+
+def launch(serve: Callable[[Callable[[], None]], object]) -> None:
+    """Run `serve` in a child process; return when it calls its argument, raise HostError with its reason otherwise.
+
+    The parent waits on a pipe. The child is a session of its own and holds none of our standard streams once it is
+    ready, so whoever reads them sees their end.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _child(serve, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    if said == _READY:
+        return
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    raise HostError(
+        said.decode("utf-8", "replace") or f"the daemon ended with status {code} before the mount was usable"
+    )
+
+
+def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoReturn:
+    announced = False
+
+    def ready() -> None:
+        nonlocal announced
+        sys.stdout.flush()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        os.close(null)
+        os.chdir("/")  # a daemon must not keep the file system busy that it was started from
+        os.write(writing, _READY)
+        os.close(writing)
+        announced = True
+
+    status = 1
+    try:
+        os.setsid()
+        serve(ready)
+        status = 0
+    except CfsError as error:
+        if not announced:
+            os.write(writing, str(error).encode())
+        else:
+            log.error("%s", error)
+    except BaseException as error:
+        log.exception("the daemon ends")
+        if not announced:
+            os.write(writing, f"unexpected error: {error!r}".encode())
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def log_to(path: str | None, *, foreground: bool) -> None:
+    """Send the log to the file `path`; without one to standard error in the foreground, else to the system's log.
+
+    Where no system log listens, a file in the user's log directory takes it.
+    """
+    handler: logging.Handler
+    if path is None and foreground:
+        handler = logging.StreamHandler()
+    elif path is None and os.path.exists(_SYSLOG):
+        handler = logging.handlers.SysLogHandler(_SYSLOG)
+        handler.ident = f"cfsfuse[{os.getpid()}]: "
+    else:
+        if path is None:
+            path = os.path.join(platformdirs.user_log_dir("cfsfuse", ensure_exists=True), "cfsfuse.log")
+        try:
+            handler = logging.FileHandler(path)
+        except OSError as error:
+            raise HostError(f"{path}: cannot write the log: {error.strerror}; name another file with -o log=") from None
+    style = (
+        "%(message)s"
+        if isinstance(handler, logging.handlers.SysLogHandler)
+        else "%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler], format=style)

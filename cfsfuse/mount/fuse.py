@@ -1,0 +1,157 @@
+"""Mounting through FUSE: what the host must have, the file system put together, the daemon."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import resource
+import shutil
+import stat
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from cfsfuse.basedirs import BaseDirectories
+from cfsfuse.erofs.reader import Reader
+from cfsfuse.errors import HostError, UsageError, printable
+from cfsfuse.imagefile import open_image
+from cfsfuse.mount import daemon
+from cfsfuse.mount.mountinfo import mount_at
+from cfsfuse.objects import ObjectStore
+from cfsfuse.trees import TreeStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cfsfuse.mount.options import MountOptions
+
+log = logging.getLogger(__name__)
+
+FSTYPE = "fuse.cfsfuse"
+_DEVICE = "/dev/fuse"
+_FUSE_CONF = "/etc/fuse.conf"
+_CAP_SYS_ADMIN = 21
+
+
+def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
+    """Mount the image and return when the mount is usable; in the foreground, return when it is unmounted.
+
+    Raises a CfsError, with nothing mounted and no process left.
+    """
+    mountpoint = os.path.realpath(mountpoint)
+    image = open_image(image_path, options.digest)
+    reader = Reader(image)
+    check_mountpoint(mountpoint)
+    libfuse_options = _libfuse_options(image_path, options)
+    _raise_descriptor_limit()
+    # Opened before anything is mounted: a store below the mountpoint is the one underneath.
+    directories = BaseDirectories(options.basedir)
+    daemon.log_to(os.path.abspath(options.log) if options.log else None, foreground=foreground)
+    trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
+    store = ObjectStore(directories, trees, options.verification)
+    serve = functools.partial(_serve, reader, store, mountpoint, libfuse_options, options)
+    if foreground:
+        serve(lambda: None)
+    else:
+        daemon.launch(serve)
+
+
+def _serve(
+    reader: Reader,
+    store: ObjectStore,
+    mountpoint: str,
+    libfuse_options: list[str],
+    options: MountOptions,
+    ready: Callable[[], None],
+) -> None:
+    # Only the process that serves pays for the import of trio and pyfuse3.
+    import trio
+
+    from cfsfuse.fuse.session import serve
+    from cfsfuse.vfs import Vfs
+
+    vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
+    poll = options.poll * 1e-6
+    trio.run(
+        functools.partial(
+            serve, vfs, mountpoint, libfuse_options, ready=ready, poll=poll, uid=options.uid, gid=options.gid
+        )
+    )
+
+
+def check_mountpoint(mountpoint: str) -> None:
+    """Raise UsageError unless `mountpoint` is a directory on which nothing of ours is mounted."""
+    there = mount_at(mountpoint)
+    if there is not None and there.fstype == FSTYPE:
+        raise UsageError(f"{mountpoint}: {there.source} is mounted here already; cfsfuse umount {mountpoint}")
+    try:
+        status = os.stat(mountpoint)
+    except OSError as error:
+        raise UsageError(f"{mountpoint}: mountpoint: {error.strerror}; create the directory first") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{mountpoint}: mountpoint is not a directory")
+    if not os.access(mountpoint, os.W_OK) and not is_privileged():
+        raise HostError(f"{mountpoint}: mountpoint is not writable for this user, as fusermount3 demands")
+
+
+def is_privileged() -> bool:
+    """Return whether this process has CAP_SYS_ADMIN in its user namespace, and so may mount without help."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(line.split()[1] for line in file if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
+    """Return libfuse's mount options; raise HostError for what this host lacks or forbids."""
+    _check_device()
+    privileged = is_privileged()
+    helper = shutil.which("fusermount3")
+    if helper is None and not privileged:
+        raise HostError("fusermount3: not found; an ordinary user needs it to mount: install the package fuse3")
+    # As root the kernel mount can be used by everybody, so can this one; an ordinary user has to ask for it.
+    allow_other = privileged if options.allow_other is None else options.allow_other
+    if allow_other and not privileged and not _conf_allows_other():
+        raise HostError(
+            f"allow_other: {_FUSE_CONF} does not permit it; the administrator has to write user_allow_other there"
+        )
+    source = printable(os.fsencode(os.path.abspath(image_path))).encode("ascii", "backslashreplace").decode()
+    chosen = [
+        "ro",
+        "default_permissions",
+        "subtype=cfsfuse",
+        "fsname=" + source.replace("\\", "\\\\").replace(",", "\\,"),
+    ]
+    if allow_other:
+        chosen.append("allow_other")
+    if helper is None:
+        log.warning("fusermount3: not found; a killed daemon will leave a dead mount behind")
+    else:
+        chosen.append("auto_unmount")
+    return chosen + list(options.flags)
+
+
+def _check_device() -> None:
+    try:
+        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise HostError(f"{_DEVICE}: not there; load the kernel's module: modprobe fuse") from None
+    except PermissionError:
+        raise HostError(
+            f"{_DEVICE}: permission denied; the administrator has to make it usable: chmod 666 {_DEVICE}"
+        ) from None
+    except OSError as error:
+        raise HostError(f"{_DEVICE}: {error.strerror}; this kernel or container has no FUSE") from None
+
+
+def _conf_allows_other() -> bool:
+    try:
+        with open(_FUSE_CONF, encoding="utf-8", errors="replace") as file:
+            return any(line.strip() == "user_allow_other" for line in file)
+    except OSError:
+        return False
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

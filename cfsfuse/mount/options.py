@@ -1,0 +1,127 @@
+"""Mount options, as mount.composefs and fstab spell them: text → MountOptions. Nothing is looked at on the host."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cfsfuse.errors import HostError, UsageError
+from cfsfuse.objects import Verification
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What a mount is asked for.
+
+    `basedir` are the base directories in search order; `digest` is the expected fs-verity digest of the image in
+    lower-case hex; `poll` is in microseconds, None means the default; `flags` go to the kernel as they are (nosuid,
+    dev, noexec …).
+    """
+
+    basedir: tuple[str, ...] = ()
+    digest: str | None = None
+    verification: Verification = Verification.RECORDED
+    allow_other: bool | None = None
+    uid: int | None = None
+    gid: int | None = None
+    statfs: str = "store"
+    poll: int = 100
+    log: str | None = None
+    flags: tuple[str, ...] = field(default=())
+
+
+# Handled by the kernel or fusermount3.
+_KERNEL_FLAGS = frozenset(("nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "sync", "async"))
+# Said by mount(8) and fstab, with nothing to do: the mount is read-only however it is asked for, and never changes a
+# time.
+_IGNORED = frozenset(
+    ("ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail", "_netdev")
+    + ("relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime", "nodiratime", "diratime")
+    + ("tryverity",)
+)
+_IGNORED_PREFIXES = ("x-", "X-", "comment=")
+_NEEDS_KERNEL = frozenset(("upperdir", "workdir", "idmap"))
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{128}")
+
+
+def parse(text: str) -> MountOptions:
+    r"""Return the options in `text`, separated by commas; `\,` and `\:` are a comma and a colon in a path.
+
+    Raises UsageError naming the option, or HostError for one that this backend cannot have.
+    """
+    options = MountOptions()
+    for item in split(text, ","):
+        if item and item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES):
+            options = _with(options, item)
+    return options
+
+
+def split(text: str, separator: str) -> list[str]:
+    r"""Split at `separator` where no backslash stands before it, and take that backslash away elsewhere."""
+    parts = re.split(rf"(?<!\\){re.escape(separator)}", text)
+    return [part.replace("\\" + separator, separator) for part in parts]
+
+
+def _with(options: MountOptions, item: str) -> MountOptions:
+    name, equals, value = item.partition("=")
+    if item in _KERNEL_FLAGS:
+        return replace(options, flags=(*options.flags, item))
+    if name in _NEEDS_KERNEL:
+        raise HostError(f"{name}=: needs a kernel mount, which cfsfuse does not make yet; a FUSE mount is read-only")
+    if not equals and item in _SWITCHES:
+        return _SWITCHES[item](options)
+    if equals and name in _VALUES:
+        if not value:
+            raise UsageError(f"option {name}= needs a value")
+        return _VALUES[name](options, value)
+    if name in _VALUES:
+        raise UsageError(f"option {name} needs a value: {name}=…")
+    if name in _SWITCHES or name in _KERNEL_FLAGS:
+        raise UsageError(f"option {name} takes no value")
+    raise UsageError(f"unknown option {name!r}; see cfsfuse mount --help")
+
+
+def _basedir(options: MountOptions, value: str) -> MountOptions:
+    return replace(options, basedir=options.basedir + tuple(path for path in split(value, ":") if path))
+
+
+def _digest(options: MountOptions, value: str) -> MountOptions:
+    if not _DIGEST.fullmatch(value):
+        raise UsageError(f"digest={value}: not an fs-verity digest (64 or 128 hexadecimal digits)")
+    return replace(options, digest=value.lower())
+
+
+def _number(name: str) -> Callable[[MountOptions, str], MountOptions]:
+    def parse_number(options: MountOptions, value: str) -> MountOptions:
+        if not value.isascii() or not value.isdigit() or int(value) > 0xFFFFFFFE:
+            raise UsageError(f"{name}={value}: not a number from 0 to 4294967294")
+        return replace(options, **{name: int(value)})  # type: ignore[arg-type]  # the names below are of int fields
+
+    return parse_number
+
+
+def _statfs(options: MountOptions, value: str) -> MountOptions:
+    if value not in ("store", "image"):
+        raise UsageError(f"statfs={value}: must be store or image")
+    return replace(options, statfs=value)
+
+
+_SWITCHES: dict[str, Callable[[MountOptions], MountOptions]] = {
+    "verity": lambda options: replace(options, verification=Verification.REQUIRED),
+    "noverity": lambda options: replace(options, verification=Verification.OFF),
+    "allow_other": lambda options: replace(options, allow_other=True),
+    "noallow_other": lambda options: replace(options, allow_other=False),
+}
+_VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
+    "basedir": _basedir,
+    "digest": _digest,
+    "uid": _number("uid"),
+    "gid": _number("gid"),
+    "poll": _number("poll"),
+    "statfs": _statfs,
+    "log": lambda options, value: replace(options, log=value),
+}

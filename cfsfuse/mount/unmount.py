@@ -1,0 +1,62 @@
+"""Taking a mount away again."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import subprocess
+
+from cfsfuse.errors import HostError, UsageError
+from cfsfuse.mount.fuse import FSTYPE, is_privileged
+from cfsfuse.mount.mountinfo import mount_at, users
+
+_MNT_DETACH = 2  # include/linux/fs.h
+_UMOUNT_NOFOLLOW = 8
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount the cfsfuse mount at `mountpoint`; `lazy` hides it now and ends it when its last user goes.
+
+    Raises UsageError when no cfsfuse mount is there, HostError when it is in use or not ours to unmount.
+    """
+    path = os.path.realpath(mountpoint)
+    mounted = mount_at(path)
+    if mounted is None:
+        raise UsageError(f"{mountpoint}: nothing is mounted here")
+    if mounted.fstype != FSTYPE:
+        raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
+    if is_privileged():
+        busy = _umount2(path, lazy=lazy)
+    else:
+        busy = _fusermount(path, lazy=lazy)
+    if busy:
+        names = ", ".join(users(path))
+        by = f" by {names}" if names else ""
+        raise HostError(f"{mountpoint}: in use{by}; end that first, or use --lazy")
+
+
+def _umount2(path: str, *, lazy: bool) -> bool:
+    """Unmount by ourselves; return whether the mount is in use."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) == 0:
+        return False
+    number = ctypes.get_errno()
+    if number == errno.EBUSY:
+        return True
+    raise HostError(f"{path}: cannot unmount: {os.strerror(number)}")
+
+
+def _fusermount(path: str, *, lazy: bool) -> bool:
+    """Unmount by the helper; return whether the mount is in use."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except FileNotFoundError:
+        raise HostError("fusermount3: not found; install the package fuse3") from None
+    if done.returncode == 0:
+        return False
+    said = " ".join(done.stderr.split())
+    if "busy" in said.lower():
+        return True
+    raise HostError(f"{path}: cannot unmount: {said}")

@@ -1,0 +1,220 @@
+"""Merkle trees of large objects: found beside the store, found in the cache, or computed; trusted never, checked
+always.
+
+A store records trees as `.merkle/` + object path below the base directory; the cache has them by digest. Both are
+files of hash blocks as fs-verity lays them out (`verity/merkle.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import tempfile
+import threading
+from typing import TYPE_CHECKING
+
+from cfsfuse.atomic import published
+from cfsfuse.basedirs import Descriptor, Key, Place, Signature
+from cfsfuse.beneath import open_beneath
+from cfsfuse.errors import DigestMismatch, ObjectUnusable, TreeMismatch
+from cfsfuse.lru import Lru
+from cfsfuse.verity.digest import file_digest
+from cfsfuse.verity.merkle import Geometry, VerifiedTree, build, salvage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cfsfuse.basedirs import BaseDirectories
+
+log = logging.getLogger(__name__)
+
+_KEPT_TREES = 128  # each with at most 32 hash blocks of 4096 bytes
+_KEPT_VERDICTS = 1024
+
+
+class TreeFile:
+    """The bytes of a recorded, cached or computed tree. Nothing of them is to be believed."""
+
+    def __init__(self, fd: int, place: Place | None = None) -> None:
+        self._file = Descriptor(fd, b"tree")
+        self.place = place
+        # Of a tree put together from damaged ones: the object that it was made for. It cannot get better before that
+        # does.
+        self.salvaged_from: Signature | None = None
+
+    @classmethod
+    def open(cls, place: Place, size: int) -> TreeFile | None:
+        """Open the tree at `place`, None when there is none of `size` bytes."""
+        try:
+            tree = cls(open_beneath(place.directory, place.path), place)
+        except (OSError, ObjectUnusable):
+            return None
+        return tree if tree._file.signature.st_size == size else None
+
+    @classmethod
+    def scratch(cls) -> TreeFile:
+        """Return an empty tree without a name, on a disk: the tree of a file of a terabyte has eight gigabytes."""
+        with tempfile.TemporaryFile(buffering=0) as file:
+            return cls(os.dup(file.fileno()))
+
+    def read(self, offset: int, length: int, wait: bool = True) -> bytes:
+        """Return the bytes at `offset`; zeros stand for what is not there, which no hash will match."""
+        try:
+            return bytes(self._file.read(b"tree", offset, length, wait=wait))
+        except ObjectUnusable:
+            return bytes(length)
+
+    def write(self, offset: int, block: bytes) -> None:
+        os.pwrite(self._file.fd, block, offset)
+
+    def publish(self, place: Place, size: int) -> None:
+        """Make a copy at `place`; raise OSError when that cannot be."""
+        parent, _, name = place.path.rpartition(b"/")
+        directory = open_beneath(place.directory, parent)
+        try:
+            with published(directory, name) as fd:
+                done = 0
+                while done < size:
+                    done += os.sendfile(fd, self._file.fd, done, size - done)
+        finally:
+            os.close(directory)
+
+    def __str__(self) -> str:
+        return self.place.label if self.place else "computed tree"
+
+
+class TreeStore:
+    """The trees that verify large objects; `cache` is the directory of computed ones, None for no cache."""
+
+    def __init__(self, directories: BaseDirectories, cache: str | None) -> None:
+        self._directories = directories
+        self._cache = cache
+        self._cache_fd = _open_cache(cache)
+        self._trees: Lru[Key, tuple[VerifiedTree, TreeFile]] = Lru(_KEPT_TREES)
+        # What has been computed from a damaged object stays true until the object changes.
+        self._hopeless: Lru[Key, tuple[Signature, DigestMismatch]] = Lru(_KEPT_VERDICTS)
+        self._computing = threading.Lock()
+
+    def prepare(self, key: Key, descriptor: Descriptor, first: int, count: int, *, wait: bool) -> VerifiedTree:
+        """Return the tree of an object, its hash blocks for `count` data blocks from `first` loaded and verified.
+
+        Raises DigestMismatch when no tree verifies them, BlockingIOError when that cannot be known without waiting.
+        """
+        tree, file = self._trees.get(key) or self._find(key, descriptor, wait=wait)
+        try:
+            tree.prepare(first, count, wait=wait)
+        except TreeMismatch as mismatch:
+            if file.salvaged_from != descriptor.signature:
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+                self._replace(key, descriptor, file, mismatch)
+                return self.prepare(key, descriptor, first, count, wait=wait)
+            reason = f"blocks from {first} cannot be verified: the object and its Merkle tree are both damaged"
+            raise ObjectUnusable(key.path, reason) from None
+        return tree
+
+    def _find(self, key: Key, descriptor: Descriptor, *, wait: bool) -> tuple[VerifiedTree, TreeFile]:
+        """Return a tree whose top block is right, or compute one."""
+        hopeless = self._hopeless.get(key)
+        if hopeless is not None and hopeless[0] == descriptor.signature:
+            raise hopeless[1]
+        if not wait:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        geometry = Geometry(key.algorithm, key.size)
+        damaged: tuple[TreeFile, TreeMismatch] | None = None
+        for place in self._places(key):
+            file = TreeFile.open(place, geometry.tree_size)
+            if file is None:
+                continue
+            tree = VerifiedTree(geometry, key.digest, file.read)
+            try:
+                tree.hash_block(len(geometry.level_blocks) - 1, 0)
+            except TreeMismatch as mismatch:
+                damaged = damaged or (file, mismatch)
+                continue
+            self._trees.put(key, (tree, file))
+            return tree, file
+        if damaged is not None:
+            return self._replace(key, descriptor, *damaged)
+        return self._compute(key, descriptor, None)
+
+    def _replace(
+        self, key: Key, descriptor: Descriptor, damaged: TreeFile, mismatch: TreeMismatch
+    ) -> tuple[VerifiedTree, TreeFile]:
+        """Return a better tree than `damaged`: computed, or what can be salvaged of both."""
+        log.warning("%s: %s: it is ignored and computed anew", damaged, mismatch)
+        return self._compute(key, descriptor, damaged)
+
+    def _compute(self, key: Key, descriptor: Descriptor, damaged: TreeFile | None) -> tuple[VerifiedTree, TreeFile]:
+        """Build the tree from the object; keep it, and publish it where the damaged one is or else in the cache.
+
+        One thread at a time: a second hashing thread would make both slower.
+        """
+        with self._computing:
+            kept = self._trees.get(key)
+            if kept is not None and kept[1] is not damaged:
+                return kept  # another thread has just done it
+            geometry = Geometry(key.algorithm, key.size)
+            built = TreeFile.scratch()
+            root_hash = build(geometry, descriptor.chunks(key.path, key.size), built.write)
+            found = file_digest(key.algorithm, key.size, root_hash)
+            if found == key.digest:
+                self._publish(key, built, damaged, geometry.tree_size)
+                file = built
+            else:
+                file = self._salvage(key, descriptor, geometry, [damaged, built] if damaged else [], found)
+            tree = VerifiedTree(geometry, key.digest, file.read)
+            self._trees.put(key, (tree, file))
+            return tree, file
+
+    def _salvage(
+        self, key: Key, descriptor: Descriptor, geometry: Geometry, trees: list[TreeFile], found: bytes
+    ) -> TreeFile:
+        """Return the hash blocks that either of `trees` has right; raise DigestMismatch when nothing can be told."""
+        file = TreeFile.scratch()
+        os.ftruncate(file._file.fd, geometry.tree_size)
+        if not salvage(geometry, key.digest, [tree.read for tree in trees], file.read, file.write):
+            error = DigestMismatch(key.path, None, key.digest, found)
+            self._hopeless.put(key, (descriptor.signature, error))
+            raise error
+        file.salvaged_from = descriptor.signature
+        return file
+
+    def _publish(self, key: Key, built: TreeFile, damaged: TreeFile | None, size: int) -> None:
+        places = [damaged.place] if damaged is not None and damaged.place is not None else []
+        places += self._cached(key)
+        for place in places:
+            try:
+                built.publish(place, size)
+            except OSError as error:
+                log.debug("%s: cannot keep the tree here: %s", place.label, error.strerror)
+            else:
+                return
+
+    def _places(self, key: Key) -> Iterator[Place]:
+        yield from self._directories.recorded_trees(key.path)
+        yield from self._cached(key)
+
+    def _cached(self, key: Key) -> list[Place]:
+        """Return where the tree is in the cache: `xx/rest` of the digest, as objects are in a store."""
+        if self._cache_fd is None or self._cache is None:
+            return []
+        name = key.digest.hex()
+        try:
+            os.mkdir(name[:2], 0o700, dir_fd=self._cache_fd)
+        except OSError:
+            pass  # it exists, or the file will not open and the tree stays in memory
+        path = os.path.join(name[:2], name[2:])
+        return [Place(self._cache_fd, path.encode(), os.path.join(self._cache, path))]
+
+
+def _open_cache(cache: str | None) -> int | None:
+    if cache is None:
+        return None
+    try:
+        os.makedirs(cache, 0o700, exist_ok=True)
+        return os.open(cache, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("%s: no cache of Merkle trees: %s", cache, error.strerror)
+        return None

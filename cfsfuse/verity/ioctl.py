@@ -1,0 +1,37 @@
+"""What the kernel knows of a file's fs-verity. Numbers: include/uapi/linux/fsverity.h."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import struct
+from typing import NamedTuple
+
+from cfsfuse.verity.digest import ALGORITHMS
+
+_FS_IOC_MEASURE_VERITY = 0xC0046686  # _IOWR('f', 134, struct fsverity_digest)
+_FSVERITY_DIGEST = struct.Struct("<HH64s")  # digest_algorithm, digest_size, digest
+_NAMES = {algorithm.number: algorithm.name for algorithm in ALGORITHMS.values()}
+
+# No fs-verity in this file, file system or kernel; all mean that user space has to verify.
+_ABSENT = (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+class Measured(NamedTuple):
+    """A digest that the kernel enforces on every read: hashlib name of the algorithm, and the digest."""
+
+    algorithm: str
+    value: bytes
+
+
+def measure(fd: int) -> Measured | None:
+    """Return the fs-verity digest that the kernel enforces on the file `fd`, None when it enforces none."""
+    argument = bytearray(_FSVERITY_DIGEST.pack(0, 64, b""))
+    try:
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+    number, size, digest = _FSVERITY_DIGEST.unpack(argument)
+    return Measured(_NAMES[number], digest[:size]) if number in _NAMES else None

@@ -1,0 +1,227 @@
+"""Merkle trees of fs-verity: geometry, building, and checking data against a tree that nobody trusts.
+
+A leaf is the hash of a 4096-byte block of data, the last one padded with zeros. Hashes are packed into hash blocks of
+4096 bytes, level above level, up to a single one; its hash is the root hash. A recorded tree is the sequence of hash
+blocks, top level first: the layout of `fsverity digest --out-merkle-tree` and of the kernel.
+https://docs.kernel.org/filesystems/fsverity.html#merkle-tree
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING, NewType
+
+from cfsfuse.errors import TreeMismatch
+from cfsfuse.lru import Lru
+from cfsfuse.verity.digest import BLOCK_SIZE, Algorithm, file_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Bytes = bytes | bytearray | memoryview | mmap.mmap
+
+BlockIndex = NewType("BlockIndex", int)
+"""Index of a 4096-byte block in a file's data, or in one level of its tree."""
+
+# Verified hash blocks kept for a tree: each covers 512 KiB of data (sha256), and loading one again costs a read of 4096
+# bytes and one hash.
+_KEPT_HASH_BLOCKS = 32
+
+
+class Geometry:
+    """Where the hash blocks of a file's tree are. Level 0 holds the hashes of the data blocks."""
+
+    __slots__ = ("algorithm", "data_blocks", "level_blocks", "level_starts", "per_block", "size", "tree_size")
+
+    def __init__(self, algorithm: Algorithm, size: int) -> None:
+        """Lay out the tree of a file of `size` bytes."""
+        self.algorithm = algorithm
+        self.size = size
+        self.per_block = BLOCK_SIZE // algorithm.size
+        self.data_blocks = _blocks(size)
+        self.level_blocks: list[int] = []
+        count = self.data_blocks
+        while count > 1:
+            count = -(-count // self.per_block)
+            self.level_blocks.append(count)
+        start = 0
+        self.level_starts = [0] * len(self.level_blocks)
+        for level in reversed(range(len(self.level_blocks))):
+            self.level_starts[level] = start
+            start += self.level_blocks[level]
+        self.tree_size = start * BLOCK_SIZE
+
+    def offset(self, level: int, index: int) -> int:
+        """Return where hash block `index` of `level` is in the tree, in bytes."""
+        return (self.level_starts[level] + index) * BLOCK_SIZE
+
+
+def leaf_hashes(algorithm: Algorithm, data: Bytes) -> bytes:
+    """Return the hashes of the 4096-byte blocks of `data`, one after the other; the last block is padded."""
+    view = memoryview(data)
+    new = algorithm.new
+    whole = len(view) & -BLOCK_SIZE
+    hashes = [new(view[at : at + BLOCK_SIZE]).digest() for at in range(0, whole, BLOCK_SIZE)]
+    if whole < len(view):
+        hashes.append(new(bytes(view[whole:]).ljust(BLOCK_SIZE, b"\0")).digest())
+    return b"".join(hashes)
+
+
+def content_digest(algorithm: Algorithm, content: Bytes) -> bytes:
+    """Return the fs-verity digest of `content`, which is held in memory."""
+    size = len(content)
+    hashes = leaf_hashes(algorithm, content) if size else bytes(algorithm.size)
+    while len(hashes) > algorithm.size:
+        hashes = leaf_hashes(algorithm, hashes)
+    return file_digest(algorithm, size, hashes)
+
+
+def build(geometry: Geometry, chunks: Iterable[Bytes], write: Callable[[int, bytes], object] | None = None) -> bytes:
+    """Return the root hash of data that comes in `chunks` of whole blocks (the last may end anywhere).
+
+    `write` takes the hash blocks as they are full: byte offset in the tree, and 4096 bytes. Memory is one hash block a
+    level, whatever the size of the data.
+    """
+    algorithm = geometry.algorithm
+    levels = len(geometry.level_blocks)
+    pending = [bytearray() for _ in range(levels + 1)]
+    written = [0] * levels
+
+    def flush(level: int) -> None:
+        block = bytes(pending[level]).ljust(BLOCK_SIZE, b"\0")
+        pending[level].clear()
+        if write is not None:
+            write(geometry.offset(level, written[level]), block)
+        written[level] += 1
+        add(level + 1, algorithm.new(block).digest())
+
+    def add(level: int, hashes: bytes) -> None:
+        pending[level] += hashes
+        if level < levels and len(pending[level]) == BLOCK_SIZE:
+            flush(level)
+
+    for chunk in chunks:
+        hashes = leaf_hashes(algorithm, chunk)
+        position = 0
+        while position < len(hashes):
+            room = BLOCK_SIZE - len(pending[0]) if levels else len(hashes)
+            add(0, hashes[position : position + room])
+            position += room
+    for level in range(levels):
+        if pending[level]:
+            flush(level)
+    return bytes(pending[levels]) or bytes(algorithm.size)
+
+
+class VerifiedTree:
+    """A recorded tree from which only verified hash blocks are used.
+
+    `read` gives the recorded bytes at (offset, length, wait) and is not trusted: a hash block is used once its hash
+    is what its parent says, and the top one once the digest made from it is the expected one.
+    """
+
+    def __init__(self, geometry: Geometry, digest: bytes, read: Callable[[int, int, bool], bytes]) -> None:
+        """Use the tree that `read` gives for the file of `geometry` whose fs-verity digest is `digest`."""
+        self.geometry = geometry
+        self.digest = digest
+        self._read = read
+        self._kept: Lru[tuple[int, int], bytes] = Lru(_KEPT_HASH_BLOCKS)
+
+    def hash_block(self, level: int, index: int, *, wait: bool = True) -> bytes:
+        """Return a verified hash block; raise TreeMismatch when the recorded one is wrong."""
+        block = self._kept.get((level, index))
+        if block is None:
+            block = self._read(self.geometry.offset(level, index), BLOCK_SIZE, wait)
+            if not self._is_genuine(level, index, block, wait=wait):
+                raise TreeMismatch(level, index)
+            self._kept.put((level, index), block)
+        return block
+
+    def wrong_block(self, first: int, data: Bytes) -> tuple[int, bytes, bytes] | None:
+        """Check `data`, which starts at block `first`; return index, expected and found hash of the first wrong block.
+
+        `data` ends at a block boundary or at the file's end.
+        """
+        hash_size = self.geometry.algorithm.size
+        found = leaf_hashes(self.geometry.algorithm, data)
+        expected = self._leaves(first, len(found) // hash_size)
+        if found == expected:
+            return None
+        at = next(
+            at for at in range(0, len(found), hash_size) if found[at : at + hash_size] != expected[at : at + hash_size]
+        )
+        return first + at // hash_size, expected[at : at + hash_size], found[at : at + hash_size]
+
+    def prepare(self, first: int, count: int, *, wait: bool = True) -> None:
+        """Load and verify the hash blocks that `count` data blocks from `first` need, so that checking reads nothing."""
+        if count:
+            self._leaves(first, count, wait=wait)
+
+    def _leaves(self, first: int, count: int, *, wait: bool = True) -> bytes:
+        """Return the verified hashes of `count` data blocks from `first`."""
+        per_block, hash_size = self.geometry.per_block, self.geometry.algorithm.size
+        index, slot = divmod(first, per_block)
+        if slot + count <= per_block:
+            return self.hash_block(0, index, wait=wait)[slot * hash_size : (slot + count) * hash_size]
+        last = (first + count - 1) // per_block
+        hashes = b"".join(self.hash_block(0, at, wait=wait) for at in range(index, last + 1))
+        return hashes[slot * hash_size : (slot + count) * hash_size]
+
+    def _is_genuine(self, level: int, index: int, block: bytes, *, wait: bool) -> bool:
+        """Return whether `block` is hash block `index` of `level`, going by the level above."""
+        algorithm = self.geometry.algorithm
+        found = algorithm.new(block).digest()
+        if level + 1 == len(self.geometry.level_blocks):
+            return file_digest(algorithm, self.geometry.size, found) == self.digest
+        parent, slot = divmod(index, self.geometry.per_block)
+        above = self.hash_block(level + 1, parent, wait=wait)
+        return found == above[slot * algorithm.size : (slot + 1) * algorithm.size]
+
+
+def salvage(
+    geometry: Geometry,
+    digest: bytes,
+    trees: Sequence[Callable[[int, int], bytes]],
+    read: Callable[[int, int], bytes],
+    write: Callable[[int, bytes], object],
+) -> bool:
+    """Put together the hash blocks that one of `trees` has right; return whether the top one is among them.
+
+    For a damaged tree of a damaged file: the recorded tree and the one built from the data are each wrong somewhere,
+    and what either has right still verifies everything else. `write` takes the right hash blocks, `read` gives them
+    back; what is wrong everywhere stays unwritten.
+    """
+    algorithm = geometry.algorithm
+    top = len(geometry.level_blocks) - 1
+    for level in range(top, -1, -1):
+        for index in range(geometry.level_blocks[level]):
+            parent, slot = divmod(index, geometry.per_block)
+            at = 0 if level == top else geometry.offset(level + 1, parent) + slot * algorithm.size
+            expected = digest if level == top else read(at, algorithm.size)
+            for block in _candidates(geometry, level, index, trees):
+                found = algorithm.new(block).digest()
+                if (file_digest(algorithm, geometry.size, found) if level == top else found) == expected:
+                    write(geometry.offset(level, index), block)
+                    break
+            else:
+                if level == top:
+                    return False
+    return True
+
+
+def _candidates(
+    geometry: Geometry, level: int, index: int, trees: Sequence[Callable[[int, int], bytes]]
+) -> Iterator[bytes]:
+    """Yield what hash block `index` of `level` may be: as each tree has it, or remade from the level below."""
+    for read in trees:
+        yield read(geometry.offset(level, index), BLOCK_SIZE)
+    if level:
+        first = index * geometry.per_block
+        count = min(geometry.per_block, geometry.level_blocks[level - 1] - first)
+        for read in trees:
+            hashes = leaf_hashes(geometry.algorithm, read(geometry.offset(level - 1, first), count * BLOCK_SIZE))
+            yield hashes.ljust(BLOCK_SIZE, b"\0")
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK_SIZE)

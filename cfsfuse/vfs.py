@@ -1,0 +1,183 @@
+"""The read-only file system: the tree of a reader, the bytes of an object store. It knows nothing of pyfuse3.
+
+Metadata is in memory and never waits, so its methods are plain. What may need a disk is tried without waiting first,
+and goes to one of a bounded number of worker threads only when it would wait; the hashing comes back to the event
+loop, where it is faster than in a second thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from cfsfuse.erofs.image import Nid
+from cfsfuse.erofs.ondisk import FT_CHRDEV, NAME_MAX
+from cfsfuse.errors import ImageError, ObjectError, printable
+from cfsfuse.lru import Lru
+from cfsfuse.objects import WHOLE_FILE_MAX
+from cfsfuse.tree import External, Inline, Sparse
+
+if TYPE_CHECKING:
+    from cfsfuse.erofs.inode import Inode
+    from cfsfuse.erofs.reader import Reader
+    from cfsfuse.objects import Loaded, ObjectStore
+    from cfsfuse.tree import Node
+    from cfsfuse.verity.merkle import Bytes
+
+log = logging.getLogger(__name__)
+
+_DISK_THREADS = 16
+_TREE_THREADS = 2  # computing trees takes long and must not take the threads of everybody else
+_NODES = 4096
+_REPORTS = 4096
+
+_BLOCKS = 128
+
+DirectoryEntry = tuple[bytes, "Inode"]
+"""Name and inode of an entry."""
+
+
+class Space(NamedTuple):
+    """The fields of statvfs(3) that a file system answers."""
+
+    f_bsize: int
+    f_frsize: int
+    f_blocks: int
+    f_bfree: int
+    f_bavail: int
+    f_files: int
+    f_ffree: int
+    f_favail: int
+    f_namemax: int
+
+
+class Vfs:
+    """The file system of one image. Inodes are named by nid, open files too: nothing is kept for them."""
+
+    def __init__(self, reader: Reader, store: ObjectStore, *, space_of_store: bool = True) -> None:
+        """Serve `reader`; statfs tells the space of the object store, or else that of the image, which is always full."""
+        self.reader = reader
+        self.root = reader.root
+        self.in_flight = 0
+        self._space_of_store = space_of_store
+        self._store = store
+        self._disk = trio.CapacityLimiter(_DISK_THREADS)
+        self._trees = trio.CapacityLimiter(_TREE_THREADS)
+        self._nodes: Lru[Nid, Node] = Lru(_NODES)
+        self._blocks: Lru[tuple[int, int], list[DirectoryEntry]] = Lru(_BLOCKS)
+        self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
+
+    def inode(self, nid: int) -> Inode:
+        """Return the inode of `nid`."""
+        return self.reader.inode(Nid(nid))
+
+    def lookup(self, parent: int, name: bytes) -> Inode | None:
+        """Return what `name` is in the directory `parent`, None when it is absent."""
+        return self.reader.lookup(self.reader.inode(Nid(parent)), name)
+
+    def entries(self, directory: int, block: int) -> list[DirectoryEntry] | None:
+        """Return what directory block `block` shows, None behind the last block; the last blocks asked for are kept."""
+        key = (directory, block)
+        entries = self._blocks.get(key)
+        if entries is None:
+            dirents = self.reader.block(self.inode(directory), block)
+            if dirents is None:
+                return None
+            inode = self.reader.inode
+            entries = [(name, inode(nid)) for name, nid, _ in dirents]
+            if any(kind == FT_CHRDEV for _, _, kind in dirents):
+                entries = [entry for entry in entries if not entry[1].is_whiteout]
+            self._blocks.put(key, entries)
+        return entries
+
+    def readlink(self, nid: int) -> bytes:
+        """Return the target of a symbolic link."""
+        return self.reader.readlink(self.inode(nid))
+
+    def xattrs(self, nid: int) -> dict[bytes, bytes]:
+        """Return the xattrs of an inode, as the kernel mount shows them to root."""
+        return self.node(nid).xattrs
+
+    def node(self, nid: int) -> Node:
+        """Return the node of `nid`; the last ones asked for are kept."""
+        node = self._nodes.get(Nid(nid))
+        if node is None:
+            node = self.reader.node(self.inode(nid))
+            self._nodes.put(Nid(nid), node)
+        return node
+
+    def statfs(self) -> Space:
+        """Return the space of the store's file system (what a desktop should warn about), or of the image."""
+        super_block = self.reader.image.super_block
+        store = self._store.statvfs() if self._space_of_store else None
+        if store is None:
+            return Space(4096, 4096, super_block.blocks, 0, 0, super_block.inos, 0, 0, NAME_MAX)
+        return Space(
+            store.f_bsize,
+            store.f_frsize,
+            store.f_blocks,
+            store.f_bfree,
+            store.f_bavail,
+            store.f_files,
+            store.f_ffree,
+            store.f_favail,
+            NAME_MAX,
+        )
+
+    async def open(self, nid: int) -> None:
+        """Check that a regular file can be read; raise the ObjectError that says why not."""
+        node = self.node(nid)
+        if not isinstance(node, External):
+            return
+        try:
+            try:
+                self._store.open(node, wait=False)
+            except BlockingIOError:
+                loaded = await self._in_thread(node, 0, 0)
+                self._store.finish(loaded, 0, 0)
+        except ObjectError as error:
+            await self._report(nid, error)
+            raise
+
+    async def read(self, nid: int, offset: int, length: int) -> Bytes:
+        """Return verified bytes of a regular file, fewer than `length` only at its end."""
+        node = self.node(nid)
+        if isinstance(node, External):
+            return await self._read_object(nid, node, offset, length)
+        if isinstance(node, Inline):
+            return memoryview(node.content)[offset : offset + length]
+        if isinstance(node, Sparse):
+            return bytes(max(0, min(length, node.stat.size - offset)))
+        raise ImageError("i_mode", f"nid {nid} is read, but is no regular file: {node.stat.mode:o}")
+
+    async def _read_object(self, nid: int, node: External, offset: int, length: int) -> Bytes:
+        try:
+            try:
+                return self._store.read(node, offset, length, wait=False)
+            except BlockingIOError:
+                loaded = await self._in_thread(node, offset, length)
+                return self._store.finish(loaded, offset, length)
+        except ObjectError as error:
+            await self._report(nid, error)
+            raise
+
+    async def _in_thread(self, node: External, offset: int, length: int) -> Loaded:
+        """Load in a worker thread; what may have to compute a tree waits apart from the rest."""
+        limiter = self._trees if length == 0 and node.stat.size > WHOLE_FILE_MAX else self._disk
+        load = functools.partial(self._store.load, node, offset, length)
+        self.in_flight += 1
+        try:
+            return await trio.to_thread.run_sync(load, limiter=limiter)
+        finally:
+            self.in_flight -= 1
+
+    async def _report(self, nid: int, error: ObjectError) -> None:
+        """Log an error once for each file and finding, with a path that the file has in the image."""
+        key = (Nid(nid), str(error))
+        if self._reported.get(key) is None:
+            self._reported.put(key, True)
+            path = await trio.to_thread.run_sync(self.reader.path_of, Nid(nid), limiter=self._trees)
+            log.error("%s: %s", printable(path or b"?"), error)
