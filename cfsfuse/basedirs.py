@@ -10,7 +10,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from cfsfuse.beneath import open_beneath
+from cfsfuse.beneath import open_beneath, would_block
 from cfsfuse.errors import HostError, ObjectForbidden, ObjectMissing, ObjectUnusable
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ class Signature(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What the image says of an object: path, size in bytes, algorithm and digest; the digest is empty when it has
-    none.
+    """What the image says of an object: path, size in bytes, algorithm and digest, which is empty when it has none.
 
     Two files of an image that agree in all of it share everything that is kept for them.
     """
@@ -76,24 +75,23 @@ class Descriptor:
     def read(self, path: bytes, offset: int, length: int, *, wait: bool = True) -> bytearray:
         """Return exactly `length` bytes at `offset`, in memory of our own; BlockingIOError with wait=False."""
         data = bytearray(length)
-        if not length:
-            return data
+        rest = memoryview(data)
+        while rest:
+            count = self._preadv(path, rest, offset + length - len(rest), wait=wait)
+            if not count:
+                raise ObjectUnusable(path, f"ends at byte {offset + length - len(rest)}: it has been truncated")
+            rest = rest[count:]
+        return data
+
+    def _preadv(self, path: bytes, buffer: memoryview, offset: int, *, wait: bool) -> int:
         try:
-            done = os.preadv(self.fd, [data], offset, 0 if wait else os.RWF_NOWAIT)
-            if done < length and not wait:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            while done < length:
-                more = os.preadv(self.fd, [memoryview(data)[done:]], offset + done)
-                if not more:
-                    raise ObjectUnusable(path, f"ends at byte {offset + done}: it has been truncated")
-                done += more
+            return os.preadv(self.fd, [buffer], offset, 0 if wait else os.RWF_NOWAIT)
         except BlockingIOError:
             raise
         except OSError as error:
             if not wait and error.errno == errno.EOPNOTSUPP:  # a file system that cannot tell whether it would wait
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+                raise would_block() from None
             raise ObjectUnusable(path, f"read at byte {offset}: {error.strerror}") from None
-        return data
 
 
 class Place(NamedTuple):
@@ -137,7 +135,7 @@ class BaseDirectories:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise
-                raise ObjectUnusable(path, _REASONS.get(error.errno or 0, error.strerror)) from None
+                raise ObjectUnusable(path, _REASONS.get(error.errno or 0, str(error.strerror))) from None
         raise ObjectMissing(path)
 
     def recorded_trees(self, path: bytes) -> Iterator[Place]:

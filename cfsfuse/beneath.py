@@ -48,14 +48,19 @@ def open_beneath(directory: int, path: bytes, *, wait: bool = True) -> int:
         number = ctypes.get_errno()
         # EPERM: seccomp filters of container engines that do not know the call. EINVAL: before RESOLVE_CACHED (5.12).
         if number == errno.EINVAL and not wait:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise would_block()
         if number not in (errno.ENOSYS, errno.EPERM):
             raise OSError(number, os.strerror(number))
         if number == errno.ENOSYS:
             _openat2_works = False
     if not wait:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise would_block()
     return _walk(directory, path)
+
+
+def would_block() -> BlockingIOError:
+    """Return the error that says: ask again where waiting is allowed."""
+    return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _walk(directory: int, path: bytes) -> int:

@@ -63,7 +63,7 @@ def payload(node: Node) -> bytes | None:
 
 
 def escape(text: bytes, unsafe: re.Pattern[bytes] = _UNSAFE) -> bytes:
-    """Return `text` with the bytes that `unsafe` matches written as `\\n`, `\\\\` or `\\xHH`."""
+    r"""Return `text` with the bytes that `unsafe` matches written as `\n`, `\\` or `\xHH`."""
     return unsafe.sub(lambda match: _NAMED.get(match[0]) or b"\\x%02x" % match[0][0], text)
 
 

@@ -32,7 +32,7 @@ class Lru(Generic[K, V]):
             return found[0]
 
     def put(self, key: K, value: V, cost: int = 1) -> None:
-        """Keep `value` under `key` and drop the oldest ones beyond the budget; one that exceeds it alone is not kept."""
+        """Keep `value` and drop the oldest ones beyond the budget; one that exceeds it alone is not kept."""
         with self._lock:
             self._drop(key)
             if cost > self.budget:

@@ -47,7 +47,7 @@ class Verification(enum.Enum):
 
 
 class Loaded(NamedTuple):
-    """What a read took from the disk: `data` starts at byte `start`, and may be given out after `check`, if there is one."""
+    """What a read took from the disk: `data` starts at byte `start` and may be given out after `check`."""
 
     data: Bytes
     start: int

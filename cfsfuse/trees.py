@@ -1,5 +1,4 @@
-"""Merkle trees of large objects: found beside the store, found in the cache, or computed; trusted never, checked
-always.
+"""Merkle trees of large objects: recorded beside the store, cached, or computed. Trusted never, checked always.
 
 A store records trees as `.merkle/` + object path below the base directory; the cache has them by digest. Both are
 files of hash blocks as fs-verity lays them out (`verity/merkle.py`).
@@ -7,7 +6,7 @@ files of hash blocks as fs-verity lays them out (`verity/merkle.py`).
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import os
 import tempfile
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cfsfuse.atomic import published
 from cfsfuse.basedirs import Descriptor, Key, Place, Signature
-from cfsfuse.beneath import open_beneath
+from cfsfuse.beneath import open_beneath, would_block
 from cfsfuse.errors import DigestMismatch, ObjectUnusable, TreeMismatch
 from cfsfuse.lru import Lru
 from cfsfuse.verity.digest import file_digest
@@ -58,7 +57,7 @@ class TreeFile:
         with tempfile.TemporaryFile(buffering=0) as file:
             return cls(os.dup(file.fileno()))
 
-    def read(self, offset: int, length: int, wait: bool = True) -> bytes:
+    def read(self, offset: int, length: int, *, wait: bool = True) -> bytes:
         """Return the bytes at `offset`; zeros stand for what is not there, which no hash will match."""
         try:
             return bytes(self._file.read(b"tree", offset, length, wait=wait))
@@ -107,7 +106,7 @@ class TreeStore:
         except TreeMismatch as mismatch:
             if file.salvaged_from != descriptor.signature:
                 if not wait:
-                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+                    raise would_block() from None
                 self._replace(key, descriptor, file, mismatch)
                 return self.prepare(key, descriptor, first, count, wait=wait)
             reason = f"blocks from {first} cannot be verified: the object and its Merkle tree are both damaged"
@@ -120,7 +119,7 @@ class TreeStore:
         if hopeless is not None and hopeless[0] == descriptor.signature:
             raise hopeless[1]
         if not wait:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise would_block()
         geometry = Geometry(key.algorithm, key.size)
         damaged: tuple[TreeFile, TreeMismatch] | None = None
         for place in self._places(key):
@@ -173,7 +172,6 @@ class TreeStore:
     ) -> TreeFile:
         """Return the hash blocks that either of `trees` has right; raise DigestMismatch when nothing can be told."""
         file = TreeFile.scratch()
-        os.ftruncate(file._file.fd, geometry.tree_size)
         if not salvage(geometry, key.digest, [tree.read for tree in trees], file.read, file.write):
             error = DigestMismatch(key.path, None, key.digest, found)
             self._hopeless.put(key, (descriptor.signature, error))
@@ -201,10 +199,8 @@ class TreeStore:
         if self._cache_fd is None or self._cache is None:
             return []
         name = key.digest.hex()
-        try:
+        with contextlib.suppress(OSError):  # it exists, or the file will not open and the tree is not kept
             os.mkdir(name[:2], 0o700, dir_fd=self._cache_fd)
-        except OSError:
-            pass  # it exists, or the file will not open and the tree stays in memory
         path = os.path.join(name[:2], name[2:])
         return [Place(self._cache_fd, path.encode(), os.path.join(self._cache, path))]
 

@@ -58,7 +58,7 @@ class Vfs:
     """The file system of one image. Inodes are named by nid, open files too: nothing is kept for them."""
 
     def __init__(self, reader: Reader, store: ObjectStore, *, space_of_store: bool = True) -> None:
-        """Serve `reader`; statfs tells the space of the object store, or else that of the image, which is always full."""
+        """Serve `reader`; statfs tells the space of the object store, or else that of the image, which is full."""
         self.reader = reader
         self.root = reader.root
         self.in_flight = 0

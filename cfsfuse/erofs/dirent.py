@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.erofs import ondisk
-from cfsfuse.erofs.image import Image, Nid
 from cfsfuse.erofs.inode import Inode, data_block
 from cfsfuse.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from cfsfuse.erofs.image import Image, Nid
 
 _DIRENT_SIZE = ondisk.DIRENT.size
 _new = tuple.__new__  # a NamedTuple's own constructor takes twice as long

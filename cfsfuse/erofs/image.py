@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
-import struct
-from typing import Any, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
 from cfsfuse.erofs import ondisk
 from cfsfuse.errors import ImageError
+
+if TYPE_CHECKING:
+    import mmap
+    import struct
 
 Nid = NewType("Nid", int)
 """Node number: the inode's place in the metadata area in slots of 32 bytes, and `st_ino` in the kernel mount."""

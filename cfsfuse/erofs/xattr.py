@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Xattr(NamedTuple):
-    """A full name, such as b"user.mime_type", and its value; `index` is the on-disk name index."""
+    """A full name, such as b"user.mime_type", its value, and the name index under which it is stored."""
 
     name: bytes
     value: bytes
-    index: int
+    name_index: int
 
 
 def xattrs(image: Image, inode: Inode) -> Iterator[Xattr]:

@@ -1,1 +1,1 @@
-"""The FUSE side: a thin adapter over `vfs`, and the life of a mounted session. pyfuse3 appears here and nowhere else."""
+"""The FUSE side: a thin adapter over `vfs`, and the life of a mounted session. pyfuse3 appears nowhere else."""

@@ -61,14 +61,14 @@ def guarded(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    async def answer(*arguments: Any) -> Any:
+    async def answer(*arguments: Any) -> Any:  # noqa: ANN401 - whatever pyfuse3 passes and the handler returns
         try:
             return await handler(*arguments)
         except FUSEError:
             raise
         except CfsError as error:
             if isinstance(error, ImageError):
-                log.error("image: %s", error)
+                log.error("image: %s", error)  # noqa: TRY400 - the message says all of it
             raise FUSEError(ERRNO.get(type(error), errno.EIO)) from None
         except Exception:
             log.exception("unexpected error in %s%r", handler.__name__, arguments[1:])
@@ -123,7 +123,7 @@ class Operations(pyfuse3.Operations):
             cookie = block * _COOKIES + skip
             for name, inode in entries[skip:] if skip else entries:
                 cookie += 1
-                if not reply(token, name, self._filled(inode), cookie):  # type: ignore[arg-type]  # a FileNameT
+                if not reply(token, name, self._filled(inode), cookie):
                     return
             block, skip = block + 1, 0
             entries = self._vfs.entries(fh, block)
@@ -176,12 +176,15 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         pass  # nothing is kept for an inode
 
+    def is_idle(self) -> bool:
+        """Return whether no request is under way."""
+        return self._vfs.in_flight == 0
+
     def _nid(self, inode: int) -> int:
         return self._root if inode == pyfuse3.ROOT_INODE else inode
 
     def _filled(self, inode: Inode) -> EntryAttributes:
-        """Return the attributes of `inode` in the one object that every listing uses: making one costs more than
-        filling.
+        """Return the attributes of `inode` in the one object that every answer uses: pyfuse3 copies it at once.
 
         Neighbours in a directory agree in most fields, and a comparison costs less than setting them.
         """
@@ -189,8 +192,8 @@ class Operations(pyfuse3.Operations):
         nid, mode, nlink, uid, gid, size, mtime_ns, _, _, _, _ = inode
         if nid <= pyfuse3.ROOT_INODE:
             raise ImageError("dirent nid", f"{nid} stands for the root, or for nothing, in FUSE")
-        answer.st_ino = nid  # type: ignore[assignment]  # a Nid is what FUSE calls an InodeT
-        answer.st_mode = mode  # type: ignore[assignment]  # likewise a ModeT
+        answer.st_ino = nid
+        answer.st_mode = mode
         answer.st_size = size
         answer.st_blocks = (size + 4095 >> 12) << 3
         rest = (nlink, uid, gid, mtime_ns, inode.i_u if mode & _DEVICE_MASK == stat.S_IFCHR else 0)

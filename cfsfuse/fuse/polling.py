@@ -26,7 +26,7 @@ class RequestWaiter:
     """Decides, request by request, between polling and sleeping."""
 
     def __init__(self, seconds: float, is_idle: Callable[[], bool]) -> None:
-        """Poll for up to `seconds` after a request; not while `is_idle` denies it: then other tasks need the event loop."""
+        """Poll for up to `seconds` after a request, but not while `is_idle` denies it: other tasks need the loop."""
         # On a single processor polling would keep away the very process that makes the next request.
         self._seconds = seconds if len(os.sched_getaffinity(0)) > 1 else 0.0
         self._is_idle = is_idle

@@ -13,19 +13,18 @@ import signal
 import sys
 import tempfile
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
 from cfsfuse.errors import HostError
-from cfsfuse.fuse.operations import Operations
 from cfsfuse.fuse.polling import RequestWaiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from cfsfuse.vfs import Vfs
+    from cfsfuse.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
 
@@ -60,26 +59,19 @@ class Turn:
 
 
 async def serve(
-    vfs: Vfs,
-    mountpoint: str,
-    options: Sequence[str],
-    *,
-    ready: Callable[[], None],
-    poll: float,
-    uid: int | None = None,
-    gid: int | None = None,
+    operations: Operations, mountpoint: str, options: Sequence[str], *, poll: float, ready: Callable[[], None]
 ) -> None:
-    """Mount `vfs` at `mountpoint` and serve it until it is unmounted, or until SIGINT or SIGTERM.
+    """Mount at `mountpoint` and serve until it is unmounted, or until SIGINT or SIGTERM.
 
-    `options` are libfuse's, `ready` is called once the mount is usable, `poll` is in seconds. Raises HostError, with
-    what libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
+    `options` are libfuse's, `poll` is in seconds, `ready` is called once the mount is usable. Raises HostError, with what
+    libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
     """
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
-        _mount(Operations(vfs, uid=uid, gid=gid), mountpoint, options)
+        _mount(operations, mountpoint, options)
         # Harmless when somebody has unmounted it already; lazily, so a mount in use goes away as well.
         stack.callback(pyfuse3.close, unmount=True)
-        stack.enter_context(_polled(RequestWaiter(poll, lambda: vfs.in_flight == 0)))
+        stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle)))
         # What exists now lives as long as the mount: no collection needs to look at it again.
         gc.freeze()
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -89,7 +81,7 @@ async def serve(
         nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signal(signals: Any) -> None:
+async def _stop_on_signal(signals: AsyncIterator[int]) -> None:
     async for number in signals:
         log.info("%s: unmounting", signal.Signals(number).name)
         pyfuse3.terminate()

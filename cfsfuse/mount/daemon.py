@@ -68,7 +68,7 @@ def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoRet
         if not announced:
             os.write(writing, str(error).encode())
         else:
-            log.error("%s", error)
+            log.error("%s", error)  # noqa: TRY400 - the message says all of it
     except BaseException as error:
         log.exception("the daemon ends")
         if not announced:

@@ -50,34 +50,23 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
     daemon.log_to(os.path.abspath(options.log) if options.log else None, foreground=foreground)
     trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
     store = ObjectStore(directories, trees, options.verification)
-    serve = functools.partial(_serve, reader, store, mountpoint, libfuse_options, options)
+
+    def serve(ready: Callable[[], None]) -> None:
+        # Only the process that serves pays for the import of trio and pyfuse3.
+        import trio
+
+        from cfsfuse.fuse import operations, session
+        from cfsfuse.vfs import Vfs
+
+        vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
+        adapter = operations.Operations(vfs, uid=options.uid, gid=options.gid)
+        run = functools.partial(session.serve, poll=options.poll * 1e-6, ready=ready)
+        trio.run(run, adapter, mountpoint, libfuse_options)
+
     if foreground:
         serve(lambda: None)
     else:
         daemon.launch(serve)
-
-
-def _serve(
-    reader: Reader,
-    store: ObjectStore,
-    mountpoint: str,
-    libfuse_options: list[str],
-    options: MountOptions,
-    ready: Callable[[], None],
-) -> None:
-    # Only the process that serves pays for the import of trio and pyfuse3.
-    import trio
-
-    from cfsfuse.fuse.session import serve
-    from cfsfuse.vfs import Vfs
-
-    vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
-    poll = options.poll * 1e-6
-    trio.run(
-        functools.partial(
-            serve, vfs, mountpoint, libfuse_options, ready=ready, poll=poll, uid=options.uid, gid=options.gid
-        )
-    )
 
 
 def check_mountpoint(mountpoint: str) -> None:

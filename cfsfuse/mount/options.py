@@ -39,9 +39,28 @@ _KERNEL_FLAGS = frozenset(("nosuid", "suid", "nodev", "dev", "noexec", "exec", "
 # Said by mount(8) and fstab, with nothing to do: the mount is read-only however it is asked for, and never changes a
 # time.
 _IGNORED = frozenset(
-    ("ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail", "_netdev")
-    + ("relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime", "nodiratime", "diratime")
-    + ("tryverity",)
+    [
+        "ro",
+        "rw",
+        "defaults",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "group",
+        "owner",
+        "nofail",
+        "_netdev",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nostrictatime",
+        "lazytime",
+        "nolazytime",
+        "diratime",
+        "nodiratime",
+    ]
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=")
 _NEEDS_KERNEL = frozenset(("upperdir", "workdir", "idmap"))
@@ -111,6 +130,7 @@ def _statfs(options: MountOptions, value: str) -> MountOptions:
 
 
 _SWITCHES: dict[str, Callable[[MountOptions], MountOptions]] = {
+    "tryverity": lambda options: replace(options, verification=Verification.RECORDED),
     "verity": lambda options: replace(options, verification=Verification.REQUIRED),
     "noverity": lambda options: replace(options, verification=Verification.OFF),
     "allow_other": lambda options: replace(options, allow_other=True),

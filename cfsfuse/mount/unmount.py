@@ -26,11 +26,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UsageError(f"{mountpoint}: nothing is mounted here")
     if mounted.fstype != FSTYPE:
         raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
-    if is_privileged():
-        busy = _umount2(path, lazy=lazy)
-    else:
-        busy = _fusermount(path, lazy=lazy)
-    if busy:
+    take_away = _umount2 if is_privileged() else _fusermount
+    if take_away(path, lazy=lazy):
         names = ", ".join(users(path))
         by = f" by {names}" if names else ""
         raise HostError(f"{mountpoint}: in use{by}; end that first, or use --lazy")

@@ -9,7 +9,7 @@ https://docs.kernel.org/filesystems/fsverity.html#merkle-tree
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NewType, Protocol
 
 from cfsfuse.errors import TreeMismatch
 from cfsfuse.lru import Lru
@@ -22,6 +22,13 @@ Bytes = bytes | bytearray | memoryview | mmap.mmap
 
 BlockIndex = NewType("BlockIndex", int)
 """Index of a 4096-byte block in a file's data, or in one level of its tree."""
+
+
+class TreeBytes(Protocol):
+    """Gives the recorded bytes of a tree, which nobody trusts; BlockingIOError with wait=False when it would wait."""
+
+    def __call__(self, offset: int, length: int, *, wait: bool = True) -> bytes: ...
+
 
 # Verified hash blocks kept for a tree: each covers 512 KiB of data (sha256), and loading one again costs a read of 4096
 # bytes and one hash.
@@ -116,11 +123,11 @@ def build(geometry: Geometry, chunks: Iterable[Bytes], write: Callable[[int, byt
 class VerifiedTree:
     """A recorded tree from which only verified hash blocks are used.
 
-    `read` gives the recorded bytes at (offset, length, wait) and is not trusted: a hash block is used once its hash
-    is what its parent says, and the top one once the digest made from it is the expected one.
+    What `read` gives is not trusted: a hash block is used once its hash is what its parent says, and the top one once the
+    digest made from it is the expected one.
     """
 
-    def __init__(self, geometry: Geometry, digest: bytes, read: Callable[[int, int, bool], bytes]) -> None:
+    def __init__(self, geometry: Geometry, digest: bytes, read: TreeBytes) -> None:
         """Use the tree that `read` gives for the file of `geometry` whose fs-verity digest is `digest`."""
         self.geometry = geometry
         self.digest = digest
@@ -131,7 +138,7 @@ class VerifiedTree:
         """Return a verified hash block; raise TreeMismatch when the recorded one is wrong."""
         block = self._kept.get((level, index))
         if block is None:
-            block = self._read(self.geometry.offset(level, index), BLOCK_SIZE, wait)
+            block = self._read(self.geometry.offset(level, index), BLOCK_SIZE, wait=wait)
             if not self._is_genuine(level, index, block, wait=wait):
                 raise TreeMismatch(level, index)
             self._kept.put((level, index), block)
@@ -153,7 +160,7 @@ class VerifiedTree:
         return first + at // hash_size, expected[at : at + hash_size], found[at : at + hash_size]
 
     def prepare(self, first: int, count: int, *, wait: bool = True) -> None:
-        """Load and verify the hash blocks that `count` data blocks from `first` need, so that checking reads nothing."""
+        """Load and verify the hash blocks that `count` data blocks from `first` need: checking reads nothing then."""
         if count:
             self._leaves(first, count, wait=wait)
 
@@ -181,8 +188,8 @@ class VerifiedTree:
 def salvage(
     geometry: Geometry,
     digest: bytes,
-    trees: Sequence[Callable[[int, int], bytes]],
-    read: Callable[[int, int], bytes],
+    trees: Sequence[TreeBytes],
+    read: TreeBytes,
     write: Callable[[int, bytes], object],
 ) -> bool:
     """Put together the hash blocks that one of `trees` has right; return whether the top one is among them.
@@ -209,9 +216,7 @@ def salvage(
     return True
 
 
-def _candidates(
-    geometry: Geometry, level: int, index: int, trees: Sequence[Callable[[int, int], bytes]]
-) -> Iterator[bytes]:
+def _candidates(geometry: Geometry, level: int, index: int, trees: Sequence[TreeBytes]) -> Iterator[bytes]:
     """Yield what hash block `index` of `level` may be: as each tree has it, or remade from the level below."""
     for read in trees:
         yield read(geometry.offset(level, index), BLOCK_SIZE)
