@@ -10,13 +10,17 @@ import re
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.inode import NSEC_PER_SEC
+from cfsfuse.erofs.ondisk import INODE_SLOT_BITS
 from cfsfuse.tree import External, Inline, Node, Symlink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from cfsfuse.erofs.image import Nid
+    from cfsfuse.erofs.image import Image, Nid
+    from cfsfuse.erofs.inode import Inode
     from cfsfuse.erofs.reader import Reader
+
+    Walk = Callable[[], Iterator[tuple[bytes, Inode]]]
 
 # Bytes that are not printed as they are: isgraph(3) of the C locale, less the backslash, and = in xattrs.
 _UNSAFE = re.compile(rb"[^!-\[\]-~]")
@@ -25,12 +29,50 @@ _UNSAFE_IN_LISTING = re.compile(rb"[^ -\[\]-~]")
 _NAMED = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r", b"\t": rb"\t"}
 
 
-def dump(reader: Reader) -> Iterator[bytes]:
-    """Yield the dump of an image, a line a node, each with its newline."""
-    first_path: dict[Nid, bytes] = {}
-    for path, inode in reader.walk():
-        link = None if inode.is_directory else first_path.setdefault(inode.nid, path)
-        yield line(path, reader.authored(inode), None if link is path else link)
+def dump(reader: Reader, walk: Walk | None = None) -> Iterator[bytes]:
+    """Yield the dump of an image, a line a node, each with its newline; `walk` gives the entries to print, all if None."""
+    walk = walk or reader.walk
+    names = _FirstNames(reader.image, walk)
+    for path, inode in walk():
+        link = None if inode.is_directory else names.earlier(path, inode)
+        yield line(path, reader.authored(inode), link)
+
+
+class SeenNids:
+    """The nids met so far, a bit for each inode slot of the image: a million files cost 128 KiB or so."""
+
+    def __init__(self, image: Image) -> None:
+        self._bits = bytearray((image.size >> INODE_SLOT_BITS + 3) + 1)
+
+    def add(self, nid: Nid) -> bool:
+        """Add the nid of an inode that could be read; return whether it had been met before."""
+        byte, bit = nid >> 3, 1 << (nid & 7)
+        known = bool(self._bits[byte] & bit)
+        self._bits[byte] |= bit
+        return known
+
+
+class _FirstNames:
+    """The first path of each file that has several.
+
+    Only those whose nlink says so are kept. An image whose nlink is wrong costs another walk, and the paths of all.
+    """
+
+    def __init__(self, image: Image, walk: Walk) -> None:
+        self._walk = walk
+        self._seen: SeenNids | None = SeenNids(image)
+        self._paths: dict[Nid, bytes] = {}
+
+    def earlier(self, path: bytes, inode: Inode) -> bytes | None:
+        """Return the path under which `inode` was met before `path`, None when it was not."""
+        if inode.nlink == 1 and self._seen is not None:
+            if not self._seen.add(inode.nid):
+                return None
+            self._seen = None
+            for other, found in self._walk():
+                self._paths.setdefault(found.nid, other)
+        first = self._paths.setdefault(inode.nid, path)
+        return None if first == path else first
 
 
 def line(path: bytes, node: Node, link: bytes | None = None) -> bytes:

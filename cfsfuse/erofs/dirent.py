@@ -6,7 +6,7 @@ by bytes over the whole directory. https://docs.kernel.org/filesystems/erofs.htm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cfsfuse.erofs import ondisk
 from cfsfuse.erofs.inode import Inode, data_block
@@ -18,51 +18,49 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.image import Image, Nid
 
 _DIRENT_SIZE = ondisk.DIRENT.size
-_new = tuple.__new__  # a NamedTuple's own constructor takes twice as long
 
 
-class Dirent(NamedTuple):
-    """A name in a directory. `.` and `..` are dirents like any other."""
-
-    name: bytes
-    nid: Nid
-    file_type: int
+Dirent = tuple[bytes, "Nid", int]
+"""Name, nid and file type of an entry. `.` and `..` are dirents like any other."""
 
 
 def dirents(image: Image, directory: Inode) -> Iterator[Dirent]:
     """Yield every dirent of `directory` in the order of the disk, which is that of the names' bytes."""
-    for index in range(directory.size + 4095 >> 12):
-        yield from block(image, directory, index) or ()
+    for index in range(block_count(directory)):
+        yield from block(image, directory, index)
 
 
-def block(image: Image, directory: Inode, index: int) -> list[Dirent] | None:
-    """Return the dirents of directory block `index`, None behind the last block."""
-    if index >= directory.size + 4095 >> 12:
-        return None
+def block(image: Image, directory: Inode, index: int) -> list[Dirent]:
+    """Return the dirents of directory block `index`; none behind the last block."""
+    if index >= block_count(directory):
+        return []
     return parse_block(bytes(data_block(image, directory, index)), directory)
+
+
+def block_count(directory: Inode) -> int:
+    """Return how many blocks the data of `directory` has, the last one counted however short it is."""
+    return directory.size + 4095 >> 12
 
 
 def parse_block(data: bytes, directory: Inode) -> list[Dirent]:
     """Return the dirents of one directory block; raise ImageError when the block is malformed."""
-    count = _count(data, directory)
-    table = list(ondisk.DIRENT.iter_unpack(data[: count * _DIRENT_SIZE]))
-    ends = [start for _, start, _ in table[1:]]
-    ends.append(_end_of_last_name(data, table[-1][1]))
-    texts = [data[start:end] for (_, start, _), end in zip(table, ends, strict=True)]
-    lengths = [*map(len, texts)]
-    # All names together are what stands behind the dirents when they follow one another without gaps: one comparison
-    # instead of several checks a name. Any other order of names is foreign, or an attempt at something.
-    names = b"".join(texts)
-    if names != data[count * _DIRENT_SIZE : ends[-1]] or not 0 < min(lengths) <= max(lengths) <= ondisk.NAME_MAX:
-        raise ImageError("nameoff", f"names overlap, or are too long, in directory nid {directory.nid}")
-    if b"/" in names or b"\0" in names:
+    names_start = _count(data, directory) * _DIRENT_SIZE
+    nids, starts, kinds = zip(*ondisk.DIRENT.iter_unpack(data[:names_start]), strict=True)
+    end = _end_of_last_name(data, starts[-1])
+    # Each name ends where the next one starts. So when none is empty, none overlaps another, and all of them together are
+    # the bytes from the first name to the last: a single look for what no name may hold.
+    names = [data[start:stop] for start, stop in zip(starts, (*starts[1:], end), strict=True)]
+    lengths = [*map(len, names)]
+    if min(lengths) == 0 or max(lengths) > ondisk.NAME_MAX:
+        raise ImageError("nameoff", f"a name is empty, or too long, in directory nid {directory.nid}")
+    if b"/" in data[names_start:end] or b"\0" in data[names_start:end]:
         raise ImageError("dirent name", f"a slash or a NUL in directory nid {directory.nid}")
-    return [_new(Dirent, (text, nid, kind)) for text, (nid, _, kind) in zip(texts, table, strict=True)]
+    return list(zip(names, nids, kinds, strict=True))
 
 
 def find(image: Image, directory: Inode, name: bytes) -> Nid | None:
     """Return the nid of `name` in `directory`, or None: one binary search over blocks, one look into a block."""
-    low, high = 0, (directory.size + 4095 >> 12) - 1
+    low, high = 0, block_count(directory) - 1
     # The last block whose first name is not after `name`; when even the first block's is, low stays 0 and the look
     # into that block finds nothing.
     while low < high:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any, NewType
 
 from cfsfuse.erofs import ondisk
@@ -9,7 +10,8 @@ from cfsfuse.errors import ImageError
 
 if TYPE_CHECKING:
     import mmap
-    import struct
+
+_unpack_extended = ondisk.INODE_EXTENDED.unpack_from
 
 Nid = NewType("Nid", int)
 """Node number: the inode's place in the metadata area in slots of 32 bytes, and `st_ino` in the kernel mount."""
@@ -21,7 +23,7 @@ BlockAddress = NewType("BlockAddress", int)
 class Image:
     """An EROFS image in memory.
 
-    `slice`, `unpack` and `byte` are the only ways to its bytes, and all check bounds: no other code may index the
+    `slice`, `unpack` and `extended_inode` are the only ways to its bytes, and all check bounds: no other code may index the
     buffer, because every offset and length in the image is hostile until checked.
     """
 
@@ -56,11 +58,17 @@ class Image:
             raise ImageError(field, f"{layout.size} bytes reach beyond the image's {self.size} bytes", offset)
         return layout.unpack_from(self._buffer, offset)
 
-    def byte(self, offset: int, field: str) -> int:
-        """Return the byte at `offset`."""
-        if offset >= self.size:
-            raise ImageError(field, f"lies beyond the image's {self.size} bytes", offset)
-        return self._buffer[offset]
+    def extended_inode(self, offset: int) -> tuple[int, ...]:
+        """Unpack an inode at `offset` in its extended form, the usual one; a compact one shows in its `i_format`.
+
+        Listing a large tree asks this for each entry, hence the short cut. Behind a compact inode at the very end of the
+        image zeros are read.
+        """
+        try:
+            return _unpack_extended(self._buffer, offset)
+        except (struct.error, OverflowError):
+            rest = self.slice(offset, ondisk.INODE_COMPACT.size, "inode")
+            return _unpack_extended(bytes(rest).ljust(ondisk.INODE_EXTENDED.size, b"\0"))
 
     def block(self, address: int, length: int, field: str) -> memoryview:
         """Return the first `length` bytes of the block at `address`."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.erofs.dirent import Dirent
     from cfsfuse.erofs.image import Image, Nid
+    from cfsfuse.erofs.xattr import Xattr
 
 _DOTS = (b".", b"..")
 
@@ -57,9 +58,13 @@ class Reader:
             if not inode.is_whiteout:
                 yield name, inode
 
-    def block(self, directory: Inode, index: int) -> list[Dirent] | None:
-        """Return the dirents of directory block `index`, hidden ones included, None behind the last block."""
+    def block(self, directory: Inode, index: int) -> list[Dirent]:
+        """Return the dirents of directory block `index`, hidden ones included; none behind the last block."""
         return dirent.block(self.image, self._directory(directory), index)
+
+    def block_count(self, directory: Inode) -> int:
+        """Return how many blocks `directory` has."""
+        return dirent.block_count(directory)
 
     def walk(self, path: bytes = b"/", *, start: Inode | None = None) -> Iterator[tuple[bytes, Inode]]:
         """Yield path and inode of the directory `start` and all below it, depth first, names in the order of bytes.
@@ -69,12 +74,15 @@ class Reader:
         top = start or self.root
         seen = {top.nid}
         yield path, top
-        stack = [(path.rstrip(b"/"), self.entries(top))] if top.is_directory else []
+        # One path is kept, and how much of it each level has: a path for each would cost the square of a hostile depth.
+        base = path.rstrip(b"/")
+        stack = [(len(base), self.entries(top))] if top.is_directory else []
         while stack:
-            base, children = stack[-1]
+            _, children = stack[-1]
             name, inode = next(children, (b"", None))
             if inode is None:
                 stack.pop()
+                base = base[: stack[-1][0]] if stack else base
             elif name not in _DOTS:
                 child = base + b"/" + name
                 yield child, inode
@@ -82,7 +90,8 @@ class Reader:
                     if inode.nid in seen:
                         raise ImageError("dirent nid", f"directory nid {inode.nid} is reached twice: a cycle")
                     seen.add(inode.nid)
-                    stack.append((child, self.entries(inode)))
+                    base = child
+                    stack.append((len(base), self.entries(inode)))
 
     def path_of(self, nid: Nid) -> bytes | None:
         """Return a path that leads to `nid`: a search through all directories, for messages."""
@@ -130,7 +139,8 @@ class Reader:
 
     def node(self, inode: Inode) -> Node:
         """Return the node of `inode` as the kernel mount shows it, with its content or where that is."""
-        return self._node(inode, _stat(inode), self.xattrs(inode))
+        stored = list(xattrs(self.image, inode))
+        return self._node(inode, stored, overlay.mounted_xattrs(stored))
 
     def authored(self, inode: Inode) -> Node:
         """Return the node of `inode` as composefs-dump(5) writes it: an escaped whiteout is a 0:0 device again."""
@@ -139,18 +149,19 @@ class Reader:
         if inode.is_regular and any(name == overlay.ESCAPED_WHITEOUT for name, _, _ in stored):
             mode = stat.S_IFCHR | stat.S_IMODE(inode.mode)
             return Device(_stat(inode)._replace(mode=mode, size=0), plain)
-        return self._node(inode, _stat(inode), plain)
+        return self._node(inode, stored, plain)
 
-    def _node(self, inode: Inode, status: Stat, shown: dict[bytes, bytes]) -> Node:
+    def _node(self, inode: Inode, stored: list[Xattr], shown: dict[bytes, bytes]) -> Node:
+        status = _stat(inode)
         if inode.is_directory:
             return Directory(status, shown)
         if inode.is_symlink:
             return Symlink(status, shown, self.readlink(inode))
         if not inode.is_regular:
             return Device(status, shown)
-        metacopy = self._own_xattr(inode, overlay.METACOPY)
+        metacopy = self._own_xattr(inode, stored, overlay.METACOPY)
         if metacopy is not None:
-            redirect = self._own_xattr(inode, overlay.REDIRECT) or b""
+            redirect = self._own_xattr(inode, stored, overlay.REDIRECT) or b""
             path = redirect[1:] if redirect.startswith(b"/") else None
             return External(status, shown, path, overlay.metacopy_digest(metacopy))
         if inode.layout is DataLayout.CHUNK_BASED:
@@ -158,11 +169,12 @@ class Reader:
             return Sparse(status, shown)
         return Inline(status, shown, flat_data(self.image, inode))
 
-    def _own_xattr(self, inode: Inode, name: bytes) -> bytes | None:
-        """Return an xattr of overlayfs itself, which `xattrs` hides."""
-        if surely_absent(self.image, inode, 4, name.removeprefix(b"trusted.")):
-            return None
-        return next((value for stored, value, _ in xattrs(self.image, inode) if stored == name), None)
+    def _own_xattr(self, inode: Inode, stored: list[Xattr], name: bytes) -> bytes | None:
+        """Return an xattr of overlayfs itself, which `xattrs` hides. The kernel asks the name filter first, and so do we."""
+        for own, value, _ in stored:
+            if own == name:
+                return None if surely_absent(self.image, inode, 4, name.removeprefix(b"trusted.")) else value
+        return None
 
     def _directory(self, inode: Inode) -> Inode:
         """Return `inode` when it is a directory whose data can be read as one."""

@@ -5,6 +5,7 @@ https://docs.kernel.org/filesystems/erofs.html#extended-attributes. What of them
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -55,8 +56,12 @@ def surely_absent(image: Image, inode: Inode, index: int, suffix: bytes) -> bool
     if not inode.xattr_offset:
         return True
     name_filter, _ = image.unpack(ondisk.XATTR_IBODY_HEADER, inode.xattr_offset, "xattr body header")
-    bit = xxhash.xxh32_intdigest(suffix, ondisk.XATTR_FILTER_SEED + index) & 31
-    return bool(name_filter >> bit & 1)
+    return bool(name_filter >> _filter_bit(suffix, index) & 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _filter_bit(suffix: bytes, index: int) -> int:
+    return xxhash.xxh32_intdigest(suffix, ondisk.XATTR_FILTER_SEED + index) & 31
 
 
 def _entry(image: Image, offset: int) -> tuple[Xattr, int]:

@@ -110,7 +110,6 @@ class Operations(pyfuse3.Operations):
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         return pyfuse3.FileNameT(self._vfs.readlink(self._nid(inode)))
 
-    @guarded
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         return pyfuse3.FileHandleT(self._nid(inode))
 
@@ -118,17 +117,17 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
         block, skip = divmod(start_id, _COOKIES)
-        entries = self._vfs.entries(fh, block)
-        while entries is not None:
+        while True:
+            entries, _, is_last = self._vfs.listing(fh, block)
             cookie = block * _COOKIES + skip
-            for name, inode in entries[skip:] if skip else entries:
+            for name, inode in entries[skip:]:
                 cookie += 1
                 if not reply(token, name, self._filled(inode), cookie):
                     return
+            if is_last:
+                return
             block, skip = block + 1, 0
-            entries = self._vfs.entries(fh, block)
 
-    @guarded
     async def releasedir(self, fh: FileHandleT) -> None:
         pass
 
@@ -142,12 +141,10 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return await self._vfs.read(fh, off, size)  # type: ignore[return-value]  # any contiguous buffer will do
 
-    @guarded
     async def flush(self, fh: FileHandleT) -> None:
         # ENOSYS once, and the kernel never asks again: closing a file costs one request less.
         raise FUSEError(errno.ENOSYS)
 
-    @guarded
     async def release(self, fh: FileHandleT) -> None:
         pass
 
@@ -179,6 +176,10 @@ class Operations(pyfuse3.Operations):
     def is_idle(self) -> bool:
         """Return whether no request is under way."""
         return self._vfs.in_flight == 0
+
+    def work_ahead(self) -> bool:
+        """Prepare a little of what will be asked next; return whether there was something."""
+        return self._vfs.list_ahead()
 
     def _nid(self, inode: int) -> int:
         return self._root if inode == pyfuse3.ROOT_INODE else inode

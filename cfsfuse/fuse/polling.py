@@ -25,11 +25,15 @@ _CLOSE = 3
 class RequestWaiter:
     """Decides, request by request, between polling and sleeping."""
 
-    def __init__(self, seconds: float, is_idle: Callable[[], bool]) -> None:
-        """Poll for up to `seconds` after a request, but not while `is_idle` denies it: other tasks need the loop."""
+    def __init__(self, seconds: float, is_idle: Callable[[], bool], work_ahead: Callable[[], bool]) -> None:
+        """Poll for up to `seconds` after a request, but not while `is_idle` denies it: other tasks need the loop.
+
+        Between polls `work_ahead` may do a little of what will be asked next; it returns whether it did.
+        """
         # On a single processor polling would keep away the very process that makes the next request.
         self._seconds = seconds if len(os.sched_getaffinity(0)) > 1 else 0.0
         self._is_idle = is_idle
+        self._work_ahead = work_ahead
         self._poll = select.poll()
         self._fd: int | None = None
         self._last_turn = 0.0
@@ -48,7 +52,7 @@ class RequestWaiter:
             poll = self._poll.poll
             end = start + self._seconds
             while not poll(0):
-                if perf_counter() > end:
+                if not self._work_ahead() and perf_counter() > end:
                     break
             else:
                 return

@@ -71,9 +71,11 @@ async def serve(
         _mount(operations, mountpoint, options)
         # Harmless when somebody has unmounted it already; lazily, so a mount in use goes away as well.
         stack.callback(pyfuse3.close, unmount=True)
-        stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle)))
+        stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle, operations.work_ahead)))
         # What exists now lives as long as the mount: no collection needs to look at it again.
         gc.freeze()
+        # Listings allocate by the thousand and hardly anything is a cycle: look for those seldom.
+        gc.set_threshold(50_000)
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_stop_on_signal, signals)
         ready()
