@@ -125,6 +125,11 @@ class Vfs:
         """Return the target of a symbolic link."""
         return self.reader.readlink(self.inode(nid))
 
+    def xattr(self, nid: int, name: bytes) -> bytes | None:
+        """Return the value of an xattr, None when the inode has none of that name."""
+        node = self._nodes.get(Nid(nid))
+        return self.reader.xattr(self.inode(nid), name) if node is None else node.xattrs.get(name)
+
     def xattrs(self, nid: int) -> dict[bytes, bytes]:
         """Return the xattrs of an inode, as the kernel mount shows them to root."""
         return self.node(nid).xattrs

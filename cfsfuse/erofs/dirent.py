@@ -47,8 +47,8 @@ def parse_block(data: bytes, directory: Inode) -> list[Dirent]:
     names_start = _count(data, directory) * _DIRENT_SIZE
     nids, starts, kinds = zip(*ondisk.DIRENT.iter_unpack(data[:names_start]), strict=True)
     end = _end_of_last_name(data, starts[-1])
-    # Each name ends where the next one starts. So when none is empty, none overlaps another, and all of them together are
-    # the bytes from the first name to the last: a single look for what no name may hold.
+    # Each name ends where the next one starts. So when none is empty, none overlaps another, and all of them together
+    # are the bytes from the first name to the last: a single look for what no name may hold.
     names = [data[start:stop] for start, stop in zip(starts, (*starts[1:], end), strict=True)]
     lengths = [*map(len, names)]
     if min(lengths) == 0 or max(lengths) > ondisk.NAME_MAX:

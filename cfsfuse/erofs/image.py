@@ -23,8 +23,8 @@ BlockAddress = NewType("BlockAddress", int)
 class Image:
     """An EROFS image in memory.
 
-    `slice`, `unpack` and `extended_inode` are the only ways to its bytes, and all check bounds: no other code may index the
-    buffer, because every offset and length in the image is hostile until checked.
+    `slice`, `unpack` and `extended_inode` are the only ways to its bytes, and all check bounds: no other code may
+    index the buffer, because every offset and length in the image is hostile until checked.
     """
 
     __slots__ = ("_buffer", "block_size", "header", "meta_offset", "root_nid", "size", "super_block", "xattr_offset")
@@ -61,8 +61,8 @@ class Image:
     def extended_inode(self, offset: int) -> tuple[int, ...]:
         """Unpack an inode at `offset` in its extended form, the usual one; a compact one shows in its `i_format`.
 
-        Listing a large tree asks this for each entry, hence the short cut. Behind a compact inode at the very end of the
-        image zeros are read.
+        Listing a large tree asks this for each entry, hence the short cut. Behind a compact inode at the very end of
+        the image zeros are read.
         """
         try:
             return _unpack_extended(self._buffer, offset)

@@ -68,6 +68,7 @@ XATTR_PREFIXES = {
     6: b"security.",
 }
 XATTR_FILTER_SEED = 0x25BBE08F
+FEATURE_COMPAT_XATTR_FILTER = 0x04  # of feature_compat: the name filters mean something
 XATTR_ALIGN = 4
 
 

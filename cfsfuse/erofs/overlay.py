@@ -63,6 +63,17 @@ def authored_xattrs(stored: Iterable[Xattr], *, is_regular: bool) -> dict[bytes,
     return authored
 
 
+def whereabouts(stored: Iterable[Xattr]) -> tuple[bytes | None, bytes]:
+    """Return the values of metacopy, None when the file has its own content, and of redirect."""
+    own = {name: value for name, value, _ in stored if name in (METACOPY, REDIRECT)}
+    return own.get(METACOPY), own.get(REDIRECT, b"")
+
+
+def stored(shown: bytes) -> bytes:
+    """Return the name under which an xattr that is shown as `shown` stands in the image."""
+    return ESCAPED_PREFIX + shown[len(PREFIX) :] if shown.startswith(PREFIX) else shown
+
+
 def unescaped(name: bytes) -> bytes | None:
     """Return the name under which a stored xattr is shown, or None for those that are overlayfs' own."""
     if not name.startswith(PREFIX):

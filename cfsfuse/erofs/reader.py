@@ -125,7 +125,11 @@ class Reader:
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         """Return the xattrs that the kernel mount shows to root."""
-        return overlay.mounted_xattrs(xattrs(self.image, inode)) if inode.xattr_offset else {}
+        return overlay.mounted_xattrs(xattrs(self.image, inode))
+
+    def xattr(self, inode: Inode, name: bytes) -> bytes | None:
+        """Return one of them: for the usual question, about a name that is not there, without reading any."""
+        return None if surely_absent(self.image, inode, overlay.stored(name)) else self.xattrs(inode).get(name)
 
     def readlink(self, inode: Inode) -> bytes:
         """Return the target of a symbolic link."""
@@ -159,22 +163,14 @@ class Reader:
             return Symlink(status, shown, self.readlink(inode))
         if not inode.is_regular:
             return Device(status, shown)
-        metacopy = self._own_xattr(inode, stored, overlay.METACOPY)
+        metacopy, redirect = overlay.whereabouts(stored)
         if metacopy is not None:
-            redirect = self._own_xattr(inode, stored, overlay.REDIRECT) or b""
             path = redirect[1:] if redirect.startswith(b"/") else None
             return External(status, shown, path, overlay.metacopy_digest(metacopy))
         if inode.layout is DataLayout.CHUNK_BASED:
             check_holes(self.image, inode)
             return Sparse(status, shown)
         return Inline(status, shown, flat_data(self.image, inode))
-
-    def _own_xattr(self, inode: Inode, stored: list[Xattr], name: bytes) -> bytes | None:
-        """Return an xattr of overlayfs itself, which `xattrs` hides. The kernel asks the name filter first, and so do we."""
-        for own, value, _ in stored:
-            if own == name:
-                return None if surely_absent(self.image, inode, 4, name.removeprefix(b"trusted.")) else value
-        return None
 
     def _directory(self, inode: Inode) -> Inode:
         """Return `inode` when it is a directory whose data can be read as one."""

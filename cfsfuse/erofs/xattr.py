@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.inode import Inode
 
 
+_LONGEST_PREFIX_FIRST = sorted(ondisk.XATTR_PREFIXES.items(), key=lambda item: -len(item[1]))
+
+
 class Xattr(NamedTuple):
     """A full name, such as b"user.mime_type", its value, and the name index under which it is stored."""
 
@@ -48,20 +51,22 @@ def xattrs(image: Image, inode: Inode) -> Iterator[Xattr]:
         yield _entry(image, image.xattr_offset + 4 * int.from_bytes(ids[at : at + 4], "little"))[0]
 
 
-def surely_absent(image: Image, inode: Inode, index: int, suffix: bytes) -> bool:
-    """Return whether the name filter rules out the xattr `suffix` under name index `index`.
+def surely_absent(image: Image, inode: Inode, name: bytes) -> bool:
+    """Return whether `inode` has no xattr `name`, as far as its name filter tells, if the image has filters.
 
     The filter is a Bloom filter of one hash: bit xxh32(suffix, seed + index) % 32 is set when no xattr has that hash.
     """
     if not inode.xattr_offset:
         return True
     name_filter, _ = image.unpack(ondisk.XATTR_IBODY_HEADER, inode.xattr_offset, "xattr body header")
-    return bool(name_filter >> _filter_bit(suffix, index) & 1)
+    has_filter = image.super_block.feature_compat & ondisk.FEATURE_COMPAT_XATTR_FILTER
+    return bool(has_filter and name_filter >> _filter_bit(name) & 1)
 
 
-@functools.lru_cache(maxsize=64)
-def _filter_bit(suffix: bytes, index: int) -> int:
-    return xxhash.xxh32_intdigest(suffix, ondisk.XATTR_FILTER_SEED + index) & 31
+@functools.lru_cache(maxsize=64)  # the same few names are asked for all the time
+def _filter_bit(name: bytes) -> int:
+    index, prefix = next((index, prefix) for index, prefix in _LONGEST_PREFIX_FIRST if name.startswith(prefix))
+    return xxhash.xxh32_intdigest(name[len(prefix) :], ondisk.XATTR_FILTER_SEED + index) & 31
 
 
 def _entry(image: Image, offset: int) -> tuple[Xattr, int]:

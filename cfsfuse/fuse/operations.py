@@ -150,7 +150,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        value = self._vfs.xattrs(self._nid(inode)).get(name)
+        value = self._vfs.xattr(self._nid(inode), name)
         if value is None:
             raise FUSEError(errno.ENODATA if name.startswith(_XATTR_PREFIXES) else errno.EOPNOTSUPP)
         return value

@@ -63,8 +63,8 @@ async def serve(
 ) -> None:
     """Mount at `mountpoint` and serve until it is unmounted, or until SIGINT or SIGTERM.
 
-    `options` are libfuse's, `poll` is in seconds, `ready` is called once the mount is usable. Raises HostError, with what
-    libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
+    `options` are libfuse's, `poll` is in seconds, `ready` is called once the mount is usable. Raises HostError, with
+    what libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
     """
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
