@@ -123,8 +123,8 @@ def build(geometry: Geometry, chunks: Iterable[Bytes], write: Callable[[int, byt
 class VerifiedTree:
     """A recorded tree from which only verified hash blocks are used.
 
-    What `read` gives is not trusted: a hash block is used once its hash is what its parent says, and the top one once the
-    digest made from it is the expected one.
+    What `read` gives is not trusted: a hash block is used once its hash is what its parent says, and the top one once
+    the digest made from it is the expected one.
     """
 
     def __init__(self, geometry: Geometry, digest: bytes, read: TreeBytes) -> None:
