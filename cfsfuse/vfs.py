@@ -7,7 +7,6 @@ loop, where it is faster than in a second thread.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,12 +34,9 @@ _TREE_THREADS = 2  # computing trees takes long and must not take the threads of
 _NODES = 4096
 _REPORTS = 4096
 
-_LISTINGS = 256
-_AHEAD = 64  # so that what is listed ahead does not drive out what is being listed
-
 
 class Listing(NamedTuple):
-    """Name and inode of what a directory block shows, and whether the directory has no block behind it."""
+    """What a directory block shows: names and inodes, the nids of subdirectories, and whether it is the last block."""
 
     entries: list[tuple[bytes, Inode]]
     subdirectories: list[Nid]
@@ -74,8 +70,6 @@ class Vfs:
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
         self._nodes: Lru[Nid, Node] = Lru(_NODES)
-        self._ahead: list[int] = []
-        self._listings: Lru[tuple[int, int], Listing] = Lru(_LISTINGS)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
 
     def inode(self, nid: int) -> Inode:
@@ -87,39 +81,15 @@ class Vfs:
         return self.reader.lookup(self.reader.inode(Nid(parent)), name)
 
     def listing(self, directory: int, block: int) -> Listing:
-        """Return what directory block `block` shows; the last blocks asked for are kept."""
-        key = (directory, block)
-        listing = self._listings.get(key)
-        if listing is None:
-            listing = self._list(self.inode(directory), block)
-            self._listings.put(key, listing)
-        if listing.subdirectories:
-            # Most who list a directory go on with the first of its subdirectories.
-            self._ahead += reversed(listing.subdirectories)
-            del self._ahead[:-_AHEAD]
-        return listing
-
-    def list_ahead(self) -> bool:
-        """List a directory that will probably be asked for soon; return False when none comes to mind.
-
-        For the time in which nobody asks for anything: it takes the time of one directory block, about 50 µs.
-        """
-        while self._ahead:
-            key = (self._ahead.pop(), 0)
-            if self._listings.get(key) is None:
-                with contextlib.suppress(ImageError):  # whoever asks for it will be told
-                    self._listings.put(key, self._list(self.inode(key[0]), 0))
-                return True
-        return False
-
-    def _list(self, directory: Inode, block: int) -> Listing:
-        dirents = self.reader.block(directory, block)
+        """Return what directory block `block` shows; nothing behind the last block."""
+        parent = self.inode(directory)
+        dirents = self.reader.block(parent, block)
         inode = self.reader.inode
         entries = [(name, inode(nid)) for name, nid, _ in dirents]
         if any(kind == FT_CHRDEV for _, _, kind in dirents):
             entries = [entry for entry in entries if not entry[1].is_whiteout]
         subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in (b".", b"..")]
-        return Listing(entries, subdirectories, is_last=block + 1 >= self.reader.block_count(directory))
+        return Listing(entries, subdirectories, is_last=block + 1 >= self.reader.block_count(parent))
 
     def readlink(self, nid: int) -> bytes:
         """Return the target of a symbolic link."""

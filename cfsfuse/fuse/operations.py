@@ -21,6 +21,7 @@ from cfsfuse.errors import (
     PathNotFound,
 )
 from cfsfuse.fuse.caller import sees_trusted
+from cfsfuse.fuse.listings import Listings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -45,9 +46,7 @@ ERRNO: dict[type[CfsError], int] = {
 }
 
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
-# The cookie of an entry is the index of its directory block times this, plus its place there, so that a listing goes on
-# anywhere at no cost. A block of 4096 bytes has at most 315 dirents.
-_COOKIES = 512
+_COOKIES = 512  # a directory block of 4096 bytes has at most 315 dirents
 
 _DEVICE_MASK = 0o130000  # S_IFCHR and S_IFBLK agree in these bits of S_IFMT, and no other type does
 
@@ -91,20 +90,19 @@ class Operations(pyfuse3.Operations):
         self._gid = gid
         self._root = vfs.root.nid
         self.enable_acl = vfs.reader.image.has_acl
-        self._shared = EntryAttributes()
-        self._shared.entry_timeout = self._shared.attr_timeout = FOREVER
-        self._shared_rest: tuple[int, ...] = ()
+        self._listings = Listings(vfs, self._entry, _COOKIES)
+        self.work_ahead = self._listings.work_ahead
         self._absent = EntryAttributes()
         self._absent.entry_timeout = FOREVER
 
     @guarded
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         inode = self._vfs.lookup(self._nid(parent_inode), name)
-        return self._absent if inode is None else self._filled(inode)
+        return self._absent if inode is None else self._attributes(inode)
 
     @guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._filled(self._vfs.inode(self._nid(inode)))
+        return self._attributes(self._vfs.inode(self._nid(inode)))
 
     @guarded
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -118,11 +116,9 @@ class Operations(pyfuse3.Operations):
         reply = pyfuse3.readdir_reply
         block, skip = divmod(start_id, _COOKIES)
         while True:
-            entries, _, is_last = self._vfs.listing(fh, block)
-            cookie = block * _COOKIES + skip
-            for name, inode in entries[skip:]:
-                cookie += 1
-                if not reply(token, name, self._filled(inode), cookie):
+            answers, _, is_last = self._listings.get(fh, block)
+            for name, attributes, cookie in answers[skip:]:
+                if not reply(token, name, attributes, cookie):
                     return
             if is_last:
                 return
@@ -177,32 +173,26 @@ class Operations(pyfuse3.Operations):
         """Return whether no request is under way."""
         return self._vfs.in_flight == 0
 
-    def work_ahead(self) -> bool:
-        """Prepare a little of what will be asked next; return whether there was something."""
-        return self._vfs.list_ahead()
-
     def _nid(self, inode: int) -> int:
         return self._root if inode == pyfuse3.ROOT_INODE else inode
 
-    def _filled(self, inode: Inode) -> EntryAttributes:
-        """Return the attributes of `inode` in the one object that every answer uses: pyfuse3 copies it at once.
+    def _entry(self, name: bytes, inode: Inode, cookie: int) -> tuple[bytes, EntryAttributes, int]:
+        return name, self._attributes(inode), cookie
 
-        Neighbours in a directory agree in most fields, and a comparison costs less than setting them.
-        """
-        answer = self._shared
-        nid, mode, nlink, uid, gid, size, mtime_ns, _, _, _, _ = inode
+    def _attributes(self, inode: Inode) -> EntryAttributes:
+        nid, mode, nlink, uid, gid, size, mtime_ns, _, i_u, _, _ = inode
         if nid <= pyfuse3.ROOT_INODE:
             raise ImageError("dirent nid", f"{nid} stands for the root, or for nothing, in FUSE")
+        answer = EntryAttributes()
         answer.st_ino = nid
         answer.st_mode = mode
+        answer.st_nlink = nlink
+        answer.st_uid = uid if self._uid is None else self._uid
+        answer.st_gid = gid if self._gid is None else self._gid
         answer.st_size = size
         answer.st_blocks = (size + 4095 >> 12) << 3
-        rest = (nlink, uid, gid, mtime_ns, inode.i_u if mode & _DEVICE_MASK == stat.S_IFCHR else 0)
-        if rest != self._shared_rest:
-            self._shared_rest = rest
-            answer.st_nlink = nlink
-            answer.st_uid = uid if self._uid is None else self._uid
-            answer.st_gid = gid if self._gid is None else self._gid
-            answer.st_rdev = rest[4]
-            answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = mtime_ns
+        answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = mtime_ns
+        answer.entry_timeout = answer.attr_timeout = FOREVER
+        if mode & _DEVICE_MASK == stat.S_IFCHR:
+            answer.st_rdev = i_u
         return answer

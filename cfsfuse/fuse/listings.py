@@ -1,0 +1,75 @@
+"""Directory listings, prepared once and kept, and prepared ahead of the question while nobody asks for anything.
+
+A walk alternates between the client's work and the server's. Whoever lists a directory mostly goes on with its first
+subdirectory, so that is prepared while the client is still busy with what it has just got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from cfsfuse.errors import ImageError
+from cfsfuse.lru import Lru
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cfsfuse.erofs.image import Nid
+    from cfsfuse.erofs.inode import Inode
+    from cfsfuse.vfs import Vfs
+
+_KEPT_ENTRIES = 16384  # about 500 bytes each
+_AHEAD = 64  # directories; what is prepared ahead must not drive out what is being listed
+
+Answer = TypeVar("Answer")
+
+
+class Prepared(NamedTuple, Generic[Answer]):
+    """A session's form of what a directory block shows, and whether the directory has no block behind it."""
+
+    answers: list[Answer]
+    subdirectories: list[Nid]
+    is_last: bool
+
+
+class Listings(Generic[Answer]):
+    """The listings of a `Vfs`, each entry in the form in which a session answers it."""
+
+    def __init__(self, vfs: Vfs, prepare: Callable[[bytes, Inode, int], Answer], cookies: int) -> None:
+        """`prepare` makes the answer for name, inode and cookie of an entry.
+
+        The cookie of an entry is the index of its directory block times `cookies`, plus its place there counted from 1:
+        where a listing goes on behind it. So a listing goes on anywhere at no cost.
+        """
+        self._vfs = vfs
+        self._prepare = prepare
+        self._cookies = cookies
+        self._kept: Lru[tuple[int, int], Prepared[Answer]] = Lru(_KEPT_ENTRIES)
+        self._ahead: list[int] = []
+
+    def get(self, directory: int, block: int) -> Prepared[Answer]:
+        """Return the listing of directory block `block`."""
+        prepared = self._kept.get((directory, block)) or self._make(directory, block)
+        if prepared.subdirectories:
+            self._ahead += reversed(prepared.subdirectories)
+            del self._ahead[:-_AHEAD]
+        return prepared
+
+    def work_ahead(self) -> bool:
+        """Prepare a directory block that will probably be asked for, in about 50 µs; return whether one comes to mind."""
+        while self._ahead:
+            directory = self._ahead.pop()
+            if self._kept.get((directory, 0)) is None:
+                with contextlib.suppress(ImageError):  # whoever asks for it will be told
+                    self._make(directory, 0)
+                return True
+        return False
+
+    def _make(self, directory: int, block: int) -> Prepared[Answer]:
+        entries, subdirectories, is_last = self._vfs.listing(directory, block)
+        prepare = self._prepare
+        answers = [prepare(name, inode, at) for at, (name, inode) in enumerate(entries, block * self._cookies + 1)]
+        prepared = Prepared(answers, subdirectories, is_last)
+        self._kept.put((directory, block), prepared, len(answers) + 1)
+        return prepared
