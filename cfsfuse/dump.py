@@ -30,7 +30,7 @@ _NAMED = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r", b"\t": rb"\t"}
 
 
 def dump(reader: Reader, walk: Walk | None = None) -> Iterator[bytes]:
-    """Yield the dump of an image, a line a node, each with its newline; `walk` gives the entries to print, all if None."""
+    """Yield the dump of an image, a line a node, each with its newline; `walk` gives the entries, by default all."""
     walk = walk or reader.walk
     names = _FirstNames(reader.image, walk)
     for path, inode in walk():

@@ -112,12 +112,17 @@ def guard(run: Callable[[], int], *, debug: bool, program: str) -> int:
             raise
         print(f"{program}: {error}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader has gone, as head(1) does; without this the interpreter complains when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 141
+        if debug:
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        return IMPOSSIBLE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone, as head(1) does; without this the interpreter complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     return status
 
 

@@ -6,6 +6,7 @@ by bytes over the whole directory. https://docs.kernel.org/filesystems/erofs.htm
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs import ondisk
@@ -53,6 +54,8 @@ def parse_block(data: bytes, directory: Inode) -> list[Dirent]:
     lengths = [*map(len, names)]
     if min(lengths) == 0 or max(lengths) > ondisk.NAME_MAX:
         raise ImageError("nameoff", f"a name is empty, or too long, in directory nid {directory.nid}")
+    if any(map(operator.ge, names, names[1:])):
+        raise ImageError("dirent name", f"names out of order in directory nid {directory.nid}")
     if b"/" in data[names_start:end] or b"\0" in data[names_start:end]:
         raise ImageError("dirent name", f"a slash or a NUL in directory nid {directory.nid}")
     return list(zip(names, nids, kinds, strict=True))

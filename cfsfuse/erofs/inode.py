@@ -22,6 +22,8 @@ _LAYOUTS = {
     for layout in (DataLayout.FLAT_PLAIN, DataLayout.FLAT_INLINE, DataLayout.CHUNK_BASED)
     for form in (0, ondisk.I_FORMAT_EXTENDED)
 }
+_TYPES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
+_IS_TYPE = tuple(value << 12 in _TYPES for value in range(16))
 _new = tuple.__new__
 
 
@@ -91,10 +93,11 @@ def read_inode(image: Image, nid: Nid) -> Inode:
     layout = _LAYOUTS.get(i_format)
     if (
         layout is None
+        or not _IS_TYPE[mode >> 12]
         or nanoseconds >= NSEC_PER_SEC
         or (size > image.size and _is_oversized(image, mode, layout, size))
     ):
-        raise _bad_inode(offset, i_format, nanoseconds, size)
+        raise _bad_inode(offset, i_format, mode, nanoseconds, size)
     # A NamedTuple's own constructor takes twice as long.
     return _new(
         Inode,
@@ -123,13 +126,15 @@ def _is_oversized(image: Image, mode: int, layout: DataLayout, size: int) -> boo
     return size >= 1 << 63 or (is_flat and size > image.size)
 
 
-def _bad_inode(offset: int, i_format: int, nanoseconds: int, size: int) -> ImageError:
+def _bad_inode(offset: int, i_format: int, mode: int, nanoseconds: int, size: int) -> ImageError:
     if i_format not in _LAYOUTS:
         layout = i_format >> ondisk.I_FORMAT_LAYOUT_SHIFT & ondisk.I_FORMAT_LAYOUT_MASK
         if layout in (DataLayout.COMPRESSED_FULL, DataLayout.COMPRESSED_COMPACT):
             name = DataLayout(layout).name
             return ImageError("i_format", f"data layout {name}: compressed files never appear in composefs", offset)
         return ImageError("i_format", f"{i_format:#x} is not a format of composefs", offset)
+    if not _IS_TYPE[mode >> 12]:
+        return ImageError("i_mode", f"{mode:o} has no file type", offset)
     if nanoseconds >= NSEC_PER_SEC:
         return ImageError("i_mtime_nsec", f"{nanoseconds} is not below {NSEC_PER_SEC}", offset)
     return ImageError("i_size", f"{size} bytes do not fit in the image", offset)

@@ -1,0 +1,35 @@
+"""`cfsfuse cat`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cfsfuse.cli import common
+from cfsfuse.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Symbolic links are followed inside the image. Nothing is printed of a block that is not right.\n"
+    common.add_image(parser)
+    parser.add_argument("path", metavar="PATH", help="a regular file in the image")
+    common.add_store(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = os.fsencode(arguments.path)
+    store = common.open_store(arguments)
+    with common.opened(arguments.image) as reader:
+        inode = common.resolve(reader, path, follow=True)
+        if not inode.is_regular:
+            kind = common.type_name(inode.mode)
+            raise UsageError(f"{printable(path)}: is a {kind}, not a regular file")
+        pieces = common.content(store, reader.node(inode))
+        with common.output():
+            for piece in pieces:
+                sys.stdout.buffer.write(piece)
+    return 0

@@ -1,0 +1,228 @@
+"""What several verbs need: images opened with their name in errors, paths looked up, contents in steps, JSON, output.
+
+JSON has no bytes. A name or value is text where its bytes are UTF-8; where they are not, the text has U+FFFD for what
+is wrong, and a second key with `_base64` behind its name has the exact bytes. So nothing is lost, and no program has to
+cope with lone surrogates.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING
+
+from cfsfuse.erofs.reader import Reader
+from cfsfuse.errors import HostError, ImageError, PathNotFound, UsageError, printable
+from cfsfuse.imagefile import open_image
+from cfsfuse.tree import External, Inline, Sparse
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Iterator
+
+    from cfsfuse.erofs.inode import Inode
+    from cfsfuse.objects import ObjectStore
+    from cfsfuse.tree import Node
+    from cfsfuse.verity.merkle import Bytes
+
+STEP = 1 << 20
+_LINKS_MAX = 40  # the kernel's MAXSYMLINKS
+
+_TYPE_NAMES = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="the composefs image")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a composefs image")
+    parser.add_argument(
+        "--filter",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only the top-level entry NAME and what is below it; may be given several times",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document; what is not UTF-8 stands under a second key, ending in _base64, too",
+    )
+
+
+def add_basedir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--basedir",
+        metavar="DIR[:DIR]",
+        action="append",
+        default=[],
+        help=r"where the objects are, searched in this order; may be given several times; \: stands for a colon",
+    )
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    add_basedir(parser)
+    parser.add_argument("--noverity", action="store_true", help="do not verify the objects")
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Reader]:
+    """Yield the reader of the image at `path`, which is named in the errors that come up while it is read."""
+    image = open_image(path)
+    try:
+        yield Reader(image)
+    except ImageError as error:
+        error.image = path
+        raise
+
+
+def base_directories(arguments: argparse.Namespace) -> list[str]:
+    """Return the paths given with --basedir."""
+    from cfsfuse.mount.options import split
+
+    return [path for text in arguments.basedir for path in split(text, ":") if path]
+
+
+def open_store(arguments: argparse.Namespace) -> ObjectStore:
+    """Return the object store that --basedir and --noverity ask for, with the cache of trees that mounts use."""
+    import platformdirs
+
+    from cfsfuse.basedirs import BaseDirectories
+    from cfsfuse.objects import ObjectStore, Verification
+    from cfsfuse.trees import TreeStore
+
+    directories = BaseDirectories(base_directories(arguments))
+    trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
+    return ObjectStore(directories, trees, Verification.OFF if arguments.noverity else Verification.RECORDED)
+
+
+def check_filters(names: Iterable[str]) -> list[bytes]:
+    """Return the names given with --filter as bytes, in the order in which an image has them."""
+    for name in names:
+        if "/" in name:
+            raise UsageError(f"--filter {name}: must be the name of a top-level entry, without a slash")
+    return sorted({os.fsencode(name) for name in names} - {b"", b".", b".."})
+
+
+def walk(reader: Reader, filters: list[bytes] | None) -> Iterator[tuple[bytes, Inode]]:
+    """Yield path and inode of all entries; with `filters` only those top-level entries are looked up and read."""
+    if filters is None:
+        yield from reader.walk()
+        return
+    yield b"/", reader.root
+    for name in filters:
+        inode = reader.lookup(reader.root, name)
+        if inode is not None:
+            yield from reader.walk(b"/" + name, start=inode)
+
+
+def resolve(reader: Reader, path: bytes, *, follow: bool) -> Inode:
+    """Return the inode at `path`, as a process would see it whose root directory is the image's.
+
+    Symbolic links on the way are followed, in the last component only with `follow`; no link leads out of the image.
+    """
+    at = [reader.root]
+    pending = path.split(b"/")[::-1]
+    links = 0
+    while pending:
+        name = pending.pop()
+        if not at[-1].is_directory:
+            raise UsageError(f"{printable(path)}: not a directory on the way")
+        if name == b"..":
+            del at[max(1, len(at) - 1) :]
+        elif name not in (b"", b"."):
+            inode = reader.lookup(at[-1], name)
+            if inode is None:
+                raise PathNotFound(path)
+            if not inode.is_symlink or not (pending or follow):
+                at.append(inode)
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                raise UsageError(f"{printable(path)}: too many levels of symbolic links")
+            target = reader.readlink(inode)
+            if target.startswith(b"/"):
+                del at[1:]
+            pending += target.split(b"/")[::-1]
+    return at[-1]
+
+
+def content(store: ObjectStore, node: Node) -> Iterator[Bytes]:
+    """Yield the content of a regular file in steps of 1 MiB, verified as `store` is set to do."""
+    size = node.stat.size
+    if isinstance(node, Inline):
+        yield node.content
+    elif isinstance(node, Sparse):
+        for offset in range(0, size, STEP):
+            yield bytes(min(STEP, size - offset))
+    elif isinstance(node, External):
+        store.open(node)
+        for offset in range(0, size, STEP):
+            yield store.read(node, offset, STEP)
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Flush standard output at the end; raise HostError when it takes no more, for the want of space for example."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still buffered would fail again when the interpreter flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise HostError(f"standard output: {error.strerror}") from None
+
+
+def type_name(mode: int) -> str:
+    """Return what kind of file `mode` says that it is."""
+    return _TYPE_NAMES.get(stat.S_IFMT(mode), f"file of unknown type {stat.S_IFMT(mode):o}")
+
+
+def device_numbers(rdev: int) -> tuple[int, int]:
+    """Return the major and the minor number in what an inode records, the kernel's `new_encode_dev`."""
+    return rdev >> 8 & 0xFFF, rdev & 0xFF | rdev >> 12 & 0xFFF00
+
+
+def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return what `parser` takes, for what is made from parsers: argparse has no public way to it."""
+    return parser._actions  # noqa: SLF001
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the verbs by name."""
+    return next(action.choices for action in actions(parser) if isinstance(action.choices, dict))
+
+
+def json_text(key: str, value: bytes) -> dict[str, str]:
+    """Return `value` under `key` as text, with its exact bytes beside it when they are not UTF-8."""
+    text = value.decode("utf-8", "replace")
+    if text.encode() == value:
+        return {key: text}
+    return {key: text, key + "_base64": base64.b64encode(value).decode()}
+
+
+def json_list(items: Iterable[object]) -> Iterator[bytes]:
+    """Yield a JSON array in pieces, an item a line: a list of any length is never in memory."""
+    separator = b"["
+    for item in items:
+        yield separator + b"\n" + json.dumps(item).encode()
+        separator = b","
+    yield b"[]\n" if separator == b"[" else b"\n]\n"
