@@ -10,13 +10,12 @@ import re
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.inode import NSEC_PER_SEC
-from cfsfuse.erofs.ondisk import INODE_SLOT_BITS
 from cfsfuse.tree import External, Inline, Node, Symlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.erofs.image import Image, Nid
+    from cfsfuse.erofs.image import Nid
     from cfsfuse.erofs.inode import Inode
     from cfsfuse.erofs.reader import Reader
 
@@ -31,48 +30,41 @@ _NAMED = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r", b"\t": rb"\t"}
 
 def dump(reader: Reader, walk: Walk | None = None) -> Iterator[bytes]:
     """Yield the dump of an image, a line a node, each with its newline; `walk` gives the entries, by default all."""
-    walk = walk or reader.walk
-    names = _FirstNames(reader.image, walk)
-    for path, inode in walk():
-        link = None if inode.is_directory else names.earlier(path, inode)
-        yield line(path, reader.authored(inode), link)
+    names = FirstNames()
+    for path, inode in (walk or reader.walk)():
+        first = names.meet(path, inode)
+        yield line(path, reader.authored(inode), None if first is None else names.path(first))
 
 
-class SeenNids:
-    """The nids met so far, a bit for each inode slot of the image: a million files cost 128 KiB or so."""
+class FirstNames:
+    """The first name of each inode met in a walk, kept as name and parent: paths would cost the square of the depth."""
 
-    def __init__(self, image: Image) -> None:
-        self._bits = bytearray((image.size >> INODE_SLOT_BITS + 3) + 1)
+    def __init__(self) -> None:
+        self._names: dict[Nid, tuple[Nid, bytes]] = {}
+        self._ancestors: list[tuple[int, Nid]] = []  # of the last entry met: length of the path, and nid
 
-    def add(self, nid: Nid) -> bool:
-        """Add the nid of an inode that could be read; return whether it had been met before."""
-        byte, bit = nid >> 3, 1 << (nid & 7)
-        known = bool(self._bits[byte] & bit)
-        self._bits[byte] |= bit
-        return known
+    def meet(self, path: bytes, inode: Inode) -> Nid | None:
+        """Take the next entry of the walk; return its nid when it has been met under another name."""
+        parent_length = path.rfind(b"/")
+        while self._ancestors and self._ancestors[-1][0] > parent_length:
+            self._ancestors.pop()
+        parent = self._ancestors[-1][1] if self._ancestors else inode.nid
+        if inode.is_directory:
+            self._ancestors.append((len(path) if path != b"/" else 0, inode.nid))
+        elif inode.nid in self._names:
+            return inode.nid
+        self._names[inode.nid] = (parent, path[parent_length + 1 :])
+        return None
 
-
-class _FirstNames:
-    """The first path of each file that has several.
-
-    Only those whose nlink says so are kept. An image whose nlink is wrong costs another walk, and the paths of all.
-    """
-
-    def __init__(self, image: Image, walk: Walk) -> None:
-        self._walk = walk
-        self._seen: SeenNids | None = SeenNids(image)
-        self._paths: dict[Nid, bytes] = {}
-
-    def earlier(self, path: bytes, inode: Inode) -> bytes | None:
-        """Return the path under which `inode` was met before `path`, None when it was not."""
-        if inode.nlink == 1 and self._seen is not None:
-            if not self._seen.add(inode.nid):
-                return None
-            self._seen = None
-            for other, found in self._walk():
-                self._paths.setdefault(found.nid, other)
-        first = self._paths.setdefault(inode.nid, path)
-        return None if first == path else first
+    def path(self, nid: Nid) -> bytes:
+        """Return the first path of an inode that has been met."""
+        names: list[bytes] = []
+        parent, name = self._names[nid]
+        while nid != parent:
+            names.append(name)
+            nid = parent
+            parent, name = self._names[nid]
+        return b"/" + b"/".join(reversed(names))
 
 
 def line(path: bytes, node: Node, link: bytes | None = None) -> bytes:

@@ -14,10 +14,10 @@ import enum
 import errno
 import functools
 import resource
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cfsfuse.basedirs import BaseDirectories, Descriptor, Key, Signature
-from cfsfuse.errors import DigestMismatch, ObjectUnusable
+from cfsfuse.errors import DigestMismatch, ObjectError, ObjectUnusable
 from cfsfuse.lru import Lru
 from cfsfuse.verity.digest import ALGORITHMS, BLOCK_SIZE
 from cfsfuse.verity.ioctl import measure
@@ -35,7 +35,7 @@ WHOLE_FILE_MAX = 1 << 20
 _CONTENT_BUDGET = 16 << 20  # bytes of verified small files
 _CONTENT_OVERHEAD = 500  # bytes that an entry costs besides its content
 _KNOWN_GOOD = 16384  # small objects remembered as verified; about 500 bytes each
-_SPARE_DESCRIPTORS = 128  # of the limit, for everything that is not an object
+_SPARE_DESCRIPTORS = 256  # of the limit, for everything that is not an object: trees, sockets, what a thread holds
 
 
 class Verification(enum.Enum):
@@ -44,6 +44,12 @@ class Verification(enum.Enum):
     OFF = "noverity"
     RECORDED = "tryverity"
     REQUIRED = "verity"
+
+
+class Load(Protocol):
+    """How one kind of object is loaded."""
+
+    def __call__(self, key: Key, offset: int, length: int, /, *, wait: bool) -> Loaded: ...
 
 
 class Loaded(NamedTuple):
@@ -85,11 +91,20 @@ class ObjectStore:
         """Do the input that a read needs; `finish` is the hashing. Length 0 loads what `open` has to look at."""
         key = self._key(node)
         length = max(0, min(length, key.size - offset))
-        if not self._verifies(node):
-            return _unchecked(self._descriptor(key, wait=wait), key, offset, length, wait=wait)
-        if key.size <= WHOLE_FILE_MAX:
-            return self._load_whole(key, length, wait=wait)
-        return self._load_blocks(key, offset, length, wait=wait)
+        load: Load = self._load_unverified
+        if self._verifies(node):
+            load = self._load_whole if key.size <= WHOLE_FILE_MAX else self._load_blocks
+        try:
+            return load(key, offset, length, wait=wait)
+        except ObjectError:
+            self._look_anew(key)
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            # Somebody else took the descriptors: give back all that nobody is reading from, and try once more.
+            self._descriptors.clear()
+            return load(key, offset, length, wait=wait)
 
     def finish(self, loaded: Loaded, offset: int, length: int) -> Bytes:
         """Verify what `load` gave and return the part of it that was asked for; raise DigestMismatch."""
@@ -100,7 +115,14 @@ class ObjectStore:
             return data
         return memoryview(data)[offset - start : offset - start + length]
 
-    def _load_whole(self, key: Key, length: int, *, wait: bool) -> Loaded:
+    def _look_anew(self, key: Key) -> None:
+        """Let the next try open the object anew: after an error it may be restored, under its name or in place."""
+        self._descriptors.drop(key)
+
+    def _load_unverified(self, key: Key, offset: int, length: int, *, wait: bool) -> Loaded:
+        return _unchecked(self._descriptor(key, wait=wait), key, offset, length, wait=wait)
+
+    def _load_whole(self, key: Key, _offset: int, length: int, *, wait: bool) -> Loaded:
         content = self._contents.get(key) if length else None
         if content is not None:
             return Loaded(content, 0, None)
@@ -134,8 +156,7 @@ class ObjectStore:
     def _check_blocks(self, key: Key, tree: VerifiedTree, first: int, data: Bytes) -> None:
         wrong = tree.wrong_block(first, data)
         if wrong is not None:
-            # The next try looks for the object anew: it may have been restored under its name.
-            self._descriptors.drop(key)
+            self._look_anew(key)
             raise DigestMismatch(key.path, *wrong)
 
     def _verifies(self, node: External) -> bool:
@@ -164,14 +185,7 @@ class ObjectStore:
 
     def _fresh(self, key: Key, *, wait: bool) -> Descriptor:
         """Open the object anew and check that it is a regular file of the recorded size."""
-        try:
-            descriptor = self._directories.open(key.path, wait=wait)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            # Somebody else took the descriptors: give back all that nobody is reading from, and try once more.
-            self._descriptors.clear()
-            descriptor = self._directories.open(key.path, wait=wait)
+        descriptor = self._directories.open(key.path, wait=wait)
         if descriptor.signature.st_size != key.size:
             raise ObjectUnusable(key.path, f"{descriptor.signature.st_size} bytes, but the image records {key.size}")
         return descriptor

@@ -7,6 +7,7 @@ files of hash blocks as fs-verity lays them out (`verity/merkle.py`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import tempfile
@@ -47,7 +48,11 @@ class TreeFile:
         """Open the tree at `place`, None when there is none of `size` bytes."""
         try:
             tree = cls(open_beneath(place.directory, place.path), place)
-        except (OSError, ObjectUnusable):
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return None
+        except ObjectUnusable:
             return None
         return tree if tree._file.signature.st_size == size else None
 
@@ -107,7 +112,7 @@ class TreeStore:
             if file.salvaged_from != descriptor.signature:
                 if not wait:
                     raise would_block() from None
-                self._replace(key, descriptor, file, mismatch)
+                self._compute(key, descriptor, (file, mismatch))
                 return self.prepare(key, descriptor, first, count, wait=wait)
             reason = f"blocks from {first} cannot be verified: the object and its Merkle tree are both damaged"
             raise ObjectUnusable(key.path, reason) from None
@@ -134,38 +139,42 @@ class TreeStore:
                 continue
             self._trees.put(key, (tree, file))
             return tree, file
-        if damaged is not None:
-            return self._replace(key, descriptor, *damaged)
-        return self._compute(key, descriptor, None)
-
-    def _replace(
-        self, key: Key, descriptor: Descriptor, damaged: TreeFile, mismatch: TreeMismatch
-    ) -> tuple[VerifiedTree, TreeFile]:
-        """Return a better tree than `damaged`: computed, or what can be salvaged of both."""
-        log.warning("%s: %s: it is ignored and computed anew", damaged, mismatch)
         return self._compute(key, descriptor, damaged)
 
-    def _compute(self, key: Key, descriptor: Descriptor, damaged: TreeFile | None) -> tuple[VerifiedTree, TreeFile]:
-        """Build the tree from the object; keep it, and publish it where the damaged one is or else in the cache.
+    def _compute(
+        self, key: Key, descriptor: Descriptor, damaged: tuple[TreeFile, TreeMismatch] | None
+    ) -> tuple[VerifiedTree, TreeFile]:
+        """Return, and keep, a tree built from the object, or what can be put together of that and a damaged one.
 
         One thread at a time: a second hashing thread would make both slower.
         """
         with self._computing:
             kept = self._trees.get(key)
-            if kept is not None and kept[1] is not damaged:
+            if kept is not None and (damaged is None or kept[1] is not damaged[0]):
                 return kept  # another thread has just done it
+            if damaged is not None and damaged[0].salvaged_from is None:
+                log.warning("%s: %s: it is ignored and computed anew", *damaged)
             geometry = Geometry(key.algorithm, key.size)
-            built = TreeFile.scratch()
-            root_hash = build(geometry, descriptor.chunks(key.path, key.size), built.write)
-            found = file_digest(key.algorithm, key.size, root_hash)
-            if found == key.digest:
-                self._publish(key, built, damaged, geometry.tree_size)
-                file = built
-            else:
-                file = self._salvage(key, descriptor, geometry, [damaged, built] if damaged else [], found)
+            try:
+                file = self._build(key, descriptor, geometry, damaged and damaged[0])
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
+                # No space for temporary files, most likely.
+                raise ObjectUnusable(key.path, f"its Merkle tree cannot be computed: {error.strerror}") from None
             tree = VerifiedTree(geometry, key.digest, file.read)
             self._trees.put(key, (tree, file))
             return tree, file
+
+    def _build(self, key: Key, descriptor: Descriptor, geometry: Geometry, damaged: TreeFile | None) -> TreeFile:
+        """Build the tree, and publish it where the damaged one is or else in the cache."""
+        built = TreeFile.scratch()
+        root_hash = build(geometry, descriptor.chunks(key.path, key.size), built.write)
+        found = file_digest(key.algorithm, key.size, root_hash)
+        if found != key.digest:
+            return self._salvage(key, descriptor, geometry, [damaged, built] if damaged else [], found)
+        self._publish(key, built, damaged, geometry.tree_size)
+        return built
 
     def _salvage(
         self, key: Key, descriptor: Descriptor, geometry: Geometry, trees: list[TreeFile], found: bytes

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cfsfuse.cli import common
-from cfsfuse.dump import SeenNids, escape, escape_listing, payload
+from cfsfuse.dump import FirstNames, escape, escape_listing, payload
 from cfsfuse.tree import Directory, Symlink
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _nodes(reader: Reader, filters: list[bytes] | None) -> Iterator[tuple[bytes, Node | None]]:
     """Yield path and node of everything but the root; None for a further name of a file."""
-    seen = SeenNids(reader.image)
+    names = FirstNames()
     for path, inode in common.walk(reader, filters):
+        first = names.meet(path, inode)
         if path != b"/":
-            yield path, None if seen.add(inode.nid) else reader.authored(inode)
+            yield path, reader.authored(inode) if first is None else None
 
 
 def _line(path: bytes, node: Node | None) -> bytes:

@@ -104,9 +104,9 @@ class Image:
             raise ImageError(
                 "dirblkbits", f"{block.dirblkbits}: directory blocks must be of the block size (0)", at + 90
             )
-        foreign = ondisk.FeatureIncompat(block.feature_incompat) & ~ondisk.FeatureIncompat.CHUNKED_FILE
+        foreign = block.feature_incompat & ~int(ondisk.FeatureIncompat.CHUNKED_FILE)
         if foreign:
-            names = foreign.name or f"{int(foreign):#x}"
+            names = ondisk.FeatureIncompat(foreign).name or f"{foreign:#x}"
             raise ImageError(
                 "feature_incompat", f"{names}: compressed or otherwise foreign EROFS, not composefs", at + 80
             )

@@ -143,12 +143,14 @@ def _bad_inode(offset: int, i_format: int, mode: int, nanoseconds: int, size: in
 def data_block(image: Image, inode: Inode, index: int) -> memoryview:
     """Return block `index` of the data of a flat inode: 4096 bytes, fewer for the last one.
 
-    Full blocks stand at the block address `i_u`; with FLAT_INLINE the last one, when it is not full, stands behind the
-    inode and its xattrs.
+    Blocks stand at the block address `i_u`; with FLAT_INLINE the last one, be it full or not, stands behind the inode
+    and its xattrs, and does not reach into another block of the image.
     """
     start = index << ondisk.BLOCK_BITS
     length = min(ondisk.BLOCK_SIZE, inode.size - start)
-    if inode.layout is DataLayout.FLAT_INLINE and start + ondisk.BLOCK_SIZE > inode.size:
+    if inode.layout is DataLayout.FLAT_INLINE and start + ondisk.BLOCK_SIZE >= inode.size:
+        if inode.data_offset % ondisk.BLOCK_SIZE + length > ondisk.BLOCK_SIZE:
+            raise ImageError("inline data", f"{length} bytes cross the end of a block", inode.data_offset)
         return image.slice(inode.data_offset, length, "inline data")
     return image.block(inode.i_u + index, length, "raw_blkaddr")
 

@@ -70,9 +70,12 @@ class Reader:
         """Yield path and inode of the directory `start` and all below it, depth first, names in the order of bytes.
 
         Raises ImageError when a directory is met twice: composefs has no hard links to directories, so it is a cycle.
+        And when directories have more entries than the image has room for: they share blocks, which nobody writes,
+        and could keep the walk busy for days.
         """
         top = start or self.root
         seen = {top.nid}
+        room = self.image.size // ondisk.DIRENT.size
         yield path, top
         # One path is kept, and how much of it each level has: a path for each would cost the square of a hostile depth.
         base = path.rstrip(b"/")
@@ -80,6 +83,9 @@ class Reader:
         while stack:
             _, children = stack[-1]
             name, inode = next(children, (b"", None))
+            room -= 1
+            if room < 0:
+                raise ImageError("dirent", "directories have more entries than the image has room for")
             if inode is None:
                 stack.pop()
                 base = base[: stack[-1][0]] if stack else base
@@ -94,22 +100,21 @@ class Reader:
                     stack.append((len(base), self.entries(inode)))
 
     def path_of(self, nid: Nid) -> bytes | None:
-        """Return a path that leads to `nid`: a search through all directories, for messages."""
-        seen = set()
-        stack = [(b"", self.root.nid)]
-        while stack:
-            base, at = stack.pop()
-            if at in seen:
-                continue
-            seen.add(at)
+        """Return a path that leads to `nid`: a search through the directories, for messages."""
+        above: dict[Nid, tuple[Nid, bytes]] = {self.root.nid: (self.root.nid, b"")}
+        stack = [self.root.nid]
+        while stack and nid not in above:
+            at = stack.pop()
             for name, found, file_type in dirent.dirents(self.image, self._directory(self.inode(at))):
-                if name in _DOTS:
-                    continue
-                if found == nid:
-                    return base + b"/" + name
-                if file_type == ondisk.FT_DIR:
-                    stack.append((base + b"/" + name, found))
-        return None
+                if name not in _DOTS and found not in above and (found == nid or file_type == ondisk.FT_DIR):
+                    above[found] = (at, name)
+                    stack.append(found)
+        names = []
+        at = nid
+        while at in above and at != self.root.nid:
+            at, name = above[at]
+            names.append(name)
+        return b"/" + b"/".join(reversed(names)) if nid in above else None
 
     def resolve(self, path: bytes) -> Inode:
         """Return the inode at `path`, following no symlink; raise PathNotFound."""

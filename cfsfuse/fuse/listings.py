@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from cfsfuse.errors import ImageError
 from cfsfuse.lru import Lru
 
 if TYPE_CHECKING:
@@ -57,11 +56,11 @@ class Listings(Generic[Answer]):
         return prepared
 
     def work_ahead(self) -> bool:
-        """Prepare a directory block that will probably be asked for, in about 50 µs; return whether one comes to mind."""
+        """Prepare a directory block that will probably be asked for, in 50 µs or so; return whether there was one."""
         while self._ahead:
             directory = self._ahead.pop()
             if self._kept.get((directory, 0)) is None:
-                with contextlib.suppress(ImageError):  # whoever asks for it will be told
+                with contextlib.suppress(Exception):  # whoever asks for it will be told
                     self._make(directory, 0)
                 return True
         return False

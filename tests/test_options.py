@@ -1,0 +1,99 @@
+"""Mount options: text → MountOptions."""
+
+from __future__ import annotations
+
+import pytest
+
+from cfsfuse.errors import CfsError, HostError, UsageError
+from cfsfuse.mount.options import MountOptions, parse, split
+from cfsfuse.objects import Verification
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def test_nothing_said_is_the_default() -> None:
+    assert (
+        parse("") == parse(",,") == parse("ro,rw,defaults,noauto,nofail,x-systemd.automount,_netdev") == MountOptions()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("basedir=/a", "basedir", ("/a",)),
+        ("basedir=/a:/b", "basedir", ("/a", "/b")),
+        ("basedir=/a,basedir=/b", "basedir", ("/a", "/b")),
+        (r"basedir=/a\:b:/c", "basedir", ("/a:b", "/c")),
+        (r"basedir=/a\,b,ro", "basedir", ("/a,b",)),
+        ("basedir=/a=b", "basedir", ("/a=b",)),
+        ("basedir=::/a:", "basedir", ("/a",)),
+        (f"digest={DIGEST}", "digest", DIGEST),
+        (f"digest={DIGEST.upper()}", "digest", DIGEST),
+        (f"digest={DIGEST * 2}", "digest", DIGEST * 2),
+        ("verity", "verification", Verification.REQUIRED),
+        ("noverity", "verification", Verification.OFF),
+        ("tryverity", "verification", Verification.RECORDED),
+        ("allow_other", "allow_other", True),
+        ("noallow_other", "allow_other", False),
+        ("uid=0", "uid", 0),
+        ("gid=4294967294", "gid", 4294967294),
+        ("statfs=image", "statfs", "image"),
+        ("poll=0", "poll", 0),
+        ("log=/var/log/x", "log", "/var/log/x"),
+        ("nosuid,dev", "flags", ("nosuid", "dev")),
+    ],
+)
+def test_options(text: str, field: str, value: object) -> None:
+    assert getattr(parse(text), field) == value
+    assert getattr(parse(f"ro,{text},noauto"), field) == value
+
+
+@pytest.mark.parametrize(("text", "field"), [("uid=1,uid=2", "uid"), ("poll=1,poll=2", "poll")])
+def test_last_one_counts(text: str, field: str) -> None:
+    assert getattr(parse(text), field) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "verification"),
+    [("noverity,verity", Verification.REQUIRED), ("verity,noverity", Verification.OFF),
+     ("noverity,tryverity", Verification.RECORDED), ("verity,tryverity", Verification.RECORDED)],
+)  # fmt: skip
+def test_last_word_on_verification_counts(text: str, verification: Verification) -> None:
+    assert parse(text).verification is verification
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unknown", "unknown=1", "digest", "digest=", "digest=12", "digest=" + "g" * 64, "basedir", "basedir=", "uid=x",
+        "uid=-1", "uid=4294967295", "uid=1.0", "uid=٣", "gid=", "statfs=other", "poll=fast", "verity=1", "nosuid=1",
+        "Basedir=/a", " ro", "log=",
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_option(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(f"ro,{text}")
+    assert text.partition("=")[0].strip() in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["upperdir=/a", "workdir=/a", "idmap=/proc/1/ns/user"])
+def test_what_needs_a_kernel_mount_says_so(text: str) -> None:
+    with pytest.raises(HostError, match=text.split("=", maxsplit=1)[0]):
+        parse(text)
+    assert issubclass(HostError, CfsError)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", [""]),
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        (r"a\,b,c", ["a,b", "c"]),
+        (r"a\b,c", [r"a\b", "c"]),
+        (",", ["", ""]),
+    ],
+)
+def test_split(text: str, parts: list[str]) -> None:
+    assert split(text, ",") == parts
