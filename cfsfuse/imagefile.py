@@ -7,16 +7,21 @@ as a SIGBUS, which a mapping of the file itself could, even with fs-verity.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.image import Image
 from cfsfuse.errors import ImageDigestMismatch, ImageError
 from cfsfuse.verity.digest import ALGORITHMS
 from cfsfuse.verity.ioctl import measure
 from cfsfuse.verity.merkle import content_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -39,8 +44,15 @@ def open_image(path: str, digest: str | None = None) -> Image:
             _check_digest(path, fd, content, digest)
     finally:
         os.close(fd)
-    try:
+    with naming(path):
         return Image(content)
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Put the path of the image file into the ImageErrors of the block: those who raise them do not know it."""
+    try:
+        yield
     except ImageError as error:
         error.image = path
         raise

@@ -104,6 +104,7 @@ class ObjectStore:
                 raise
             # Somebody else took the descriptors: give back all that nobody is reading from, and try once more.
             self._descriptors.clear()
+            self._trees.clear()
             return load(key, offset, length, wait=wait)
 
     def finish(self, loaded: Loaded, offset: int, length: int) -> Bytes:

@@ -100,6 +100,10 @@ class TreeStore:
         self._hopeless: Lru[Key, tuple[Signature, DigestMismatch]] = Lru(_KEPT_VERDICTS)
         self._computing = threading.Lock()
 
+    def clear(self) -> None:
+        """Give back the descriptors of all trees that nobody is reading from."""
+        self._trees.clear()
+
     def prepare(self, key: Key, descriptor: Descriptor, first: int, count: int, *, wait: bool) -> VerifiedTree:
         """Return the tree of an object, its hash blocks for `count` data blocks from `first` loaded and verified.
 
@@ -114,7 +118,10 @@ class TreeStore:
                     raise would_block() from None
                 self._compute(key, descriptor, (file, mismatch))
                 return self.prepare(key, descriptor, first, count, wait=wait)
-            reason = f"blocks from {first} cannot be verified: the object and its Merkle tree are both damaged"
+            # Without a block number, so that all its blocks are one finding in the log.
+            reason = (
+                f"it is damaged, and so is hash block {mismatch.index} of level {mismatch.level} of its Merkle tree"
+            )
             raise ObjectUnusable(key.path, reason) from None
         return tree
 

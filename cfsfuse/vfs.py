@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DISK_THREADS = 16
-_TREE_THREADS = 2  # computing trees takes long and must not take the threads of everybody else
+_TREE_THREADS = 2
 _NODES = 4096
 _REPORTS = 4096
 
@@ -133,17 +133,8 @@ class Vfs:
     async def open(self, nid: int) -> None:
         """Check that a regular file can be read; raise the ObjectError that says why not."""
         node = self.node(nid)
-        if not isinstance(node, External):
-            return
-        try:
-            try:
-                self._store.open(node, wait=False)
-            except BlockingIOError:
-                loaded = await self._in_thread(node, 0, 0)
-                self._store.finish(loaded, 0, 0)
-        except ObjectError as error:
-            await self._report(nid, error)
-            raise
+        if isinstance(node, External):
+            await self._read_object(nid, node, 0, 0)
 
     async def read(self, nid: int, offset: int, length: int) -> Bytes:
         """Return verified bytes of a regular file, fewer than `length` only at its end."""
@@ -157,23 +148,24 @@ class Vfs:
         raise ImageError("i_mode", f"nid {nid} is read, but is no regular file: {node.stat.mode:o}")
 
     async def _read_object(self, nid: int, node: External, offset: int, length: int) -> Bytes:
+        """Read an object; length 0 does what opening it demands."""
         try:
             try:
-                return self._store.read(node, offset, length, wait=False)
+                loaded = self._store.load(node, offset, length, wait=False)
             except BlockingIOError:
-                loaded = await self._in_thread(node, offset, length)
-                return self._store.finish(loaded, offset, length)
+                loaded = await self._load_in_thread(node, offset, length)
+            return self._store.finish(loaded, offset, length)
         except ObjectError as error:
             await self._report(nid, error)
             raise
 
-    async def _in_thread(self, node: External, offset: int, length: int) -> Loaded:
-        """Load in a worker thread; what may have to compute a tree waits apart from the rest."""
-        limiter = self._trees if length == 0 and node.stat.size > WHOLE_FILE_MAX else self._disk
+    async def _load_in_thread(self, node: External, offset: int, length: int) -> Loaded:
+        # Opening a large file may have to compute its tree: that must not take the threads of everybody else.
+        computes = length == 0 and node.stat.size > WHOLE_FILE_MAX
         load = functools.partial(self._store.load, node, offset, length)
         self.in_flight += 1
         try:
-            return await trio.to_thread.run_sync(load, limiter=limiter)
+            return await trio.to_thread.run_sync(load, limiter=self._trees if computes else self._disk)
         finally:
             self.in_flight -= 1
 

@@ -56,6 +56,18 @@ class Account(NamedTuple):
             return {}
         return {"user": self.uid, "group": self.gid, "extra_groups": []}
 
+    def run(self, *command: str) -> bytes:
+        """Run a command as this user and return what it prints."""
+        done = subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            cwd="/",
+            timeout=PATIENCE,
+            **self.identity(),  # type: ignore[call-overload]  # arguments of its own, by name
+        )
+        return bytes(done.stdout)
+
 
 ROOT = Account(0, 0)
 
@@ -233,16 +245,8 @@ def ordinary(workspace: str, fuse_device: None) -> Account:
     account = _ordinary_account()
     if shutil.which("fusermount3") is None:
         pytest.skip("fusermount3 is not there: an ordinary user cannot mount")
-    probe = [sys.executable, "-c", "import cfsfuse.fuse.session, cfsfuse.cli.main"]
     try:
-        subprocess.run(
-            probe,
-            check=True,
-            capture_output=True,
-            cwd="/",
-            timeout=PATIENCE,
-            **account.identity(),  # type: ignore[call-overload]  # as above
-        )
+        account.run(sys.executable, "-c", "import cfsfuse.fuse.session, cfsfuse.cli.main")
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or str(error).encode()
         pytest.skip(f"user {account.uid} cannot run {sys.executable}: {said.decode().strip().splitlines()[-1]}")

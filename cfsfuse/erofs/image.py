@@ -100,6 +100,10 @@ class Image:
             raise ImageError("super block magic", f"{block.magic:#x}: not an EROFS image", at)
         if block.blkszbits != ondisk.BLOCK_BITS:
             raise ImageError("blkszbits", f"{block.blkszbits}: composefs uses blocks of 4096 bytes (12)", at + 12)
+        if block.blocks << ondisk.BLOCK_BITS > self.size:
+            raise ImageError(
+                "blocks", f"{block.blocks} of 4096 bytes, but the image has {self.size} bytes: truncated", at + 36
+            )
         if block.dirblkbits != 0:
             raise ImageError(
                 "dirblkbits", f"{block.dirblkbits}: directory blocks must be of the block size (0)", at + 90

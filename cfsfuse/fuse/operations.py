@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
+from cfsfuse.erofs.ondisk import NAME_MAX
 from cfsfuse.errors import (
     CfsError,
     DigestMismatch,
@@ -97,6 +98,8 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > NAME_MAX:
+            raise FUSEError(errno.ENAMETOOLONG)
         inode = self._vfs.lookup(self._nid(parent_inode), name)
         return self._absent if inode is None else self._attributes(inode)
 

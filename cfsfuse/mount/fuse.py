@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import resource
 import shutil
@@ -15,9 +14,11 @@ import platformdirs
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import HostError, UsageError, printable
-from cfsfuse.imagefile import open_image
+from cfsfuse.imagefile import naming, open_image
 from cfsfuse.mount import daemon
 from cfsfuse.mount.mountinfo import mount_at
+from cfsfuse.mount.privilege import is_privileged
+from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore
 
@@ -26,12 +27,9 @@ if TYPE_CHECKING:
 
     from cfsfuse.mount.options import MountOptions
 
-log = logging.getLogger(__name__)
-
 FSTYPE = "fuse.cfsfuse"
 _DEVICE = "/dev/fuse"
 _FUSE_CONF = "/etc/fuse.conf"
-_CAP_SYS_ADMIN = 21
 
 
 def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
@@ -40,8 +38,8 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
     Raises a CfsError, with nothing mounted and no process left.
     """
     mountpoint = os.path.realpath(mountpoint)
-    image = open_image(image_path, options.digest)
-    reader = Reader(image)
+    with naming(image_path):
+        reader = Reader(open_image(image_path, options.digest))
     check_mountpoint(mountpoint)
     libfuse_options = _libfuse_options(image_path, options)
     _raise_descriptor_limit()
@@ -61,7 +59,8 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
         vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
         adapter = operations.Operations(vfs, uid=options.uid, gid=options.gid)
         run = functools.partial(session.serve, poll=options.poll * 1e-6, ready=ready)
-        trio.run(run, adapter, mountpoint, libfuse_options)
+        with watched(mountpoint):
+            trio.run(run, adapter, mountpoint, libfuse_options)
 
     if foreground:
         serve(lambda: None)
@@ -84,19 +83,11 @@ def check_mountpoint(mountpoint: str) -> None:
         raise HostError(f"{mountpoint}: mountpoint is not writable for this user, as fusermount3 demands")
 
 
-def is_privileged() -> bool:
-    """Return whether this process has CAP_SYS_ADMIN in its user namespace, and so may mount without help."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        effective = next(line.split()[1] for line in file if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
-
-
 def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
     """Return libfuse's mount options; raise HostError for what this host lacks or forbids."""
     _check_device()
     privileged = is_privileged()
-    helper = shutil.which("fusermount3")
-    if helper is None and not privileged:
+    if not privileged and shutil.which("fusermount3") is None:
         raise HostError("fusermount3: not found; an ordinary user needs it to mount: install the package fuse3")
     # As root the kernel mount can be used by everybody, so can this one; an ordinary user has to ask for it.
     allow_other = privileged if options.allow_other is None else options.allow_other
@@ -113,10 +104,6 @@ def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
     ]
     if allow_other:
         chosen.append("allow_other")
-    if helper is None:
-        log.warning("fusermount3: not found; a killed daemon will leave a dead mount behind")
-    else:
-        chosen.append("auto_unmount")
     return chosen + list(options.flags)
 
 

@@ -8,8 +8,9 @@ import os
 import subprocess
 
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.mount.fuse import FSTYPE, is_privileged
+from cfsfuse.mount.fuse import FSTYPE
 from cfsfuse.mount.mountinfo import mount_at, users
+from cfsfuse.mount.privilege import is_privileged
 
 _MNT_DETACH = 2  # include/linux/fs.h
 _UMOUNT_NOFOLLOW = 8

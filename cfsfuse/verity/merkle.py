@@ -9,6 +9,7 @@ https://docs.kernel.org/filesystems/fsverity.html#merkle-tree
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NewType, Protocol
 
 from cfsfuse.errors import TreeMismatch
@@ -16,12 +17,15 @@ from cfsfuse.lru import Lru
 from cfsfuse.verity.digest import BLOCK_SIZE, Algorithm, file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap
 
 BlockIndex = NewType("BlockIndex", int)
 """Index of a 4096-byte block in a file's data, or in one level of its tree."""
+
+
+WriteTree = Callable[[int, bytes], object]
 
 
 class TreeBytes(Protocol):
@@ -83,41 +87,54 @@ def content_digest(algorithm: Algorithm, content: Bytes) -> bytes:
     return file_digest(algorithm, size, hashes)
 
 
-def build(geometry: Geometry, chunks: Iterable[Bytes], write: Callable[[int, bytes], object] | None = None) -> bytes:
+def build(geometry: Geometry, chunks: Iterable[Bytes], write: WriteTree | None = None) -> bytes:
     """Return the root hash of data that comes in `chunks` of whole blocks (the last may end anywhere).
 
     `write` takes the hash blocks as they are full: byte offset in the tree, and 4096 bytes. Memory is one hash block a
     level, whatever the size of the data.
     """
-    algorithm = geometry.algorithm
-    levels = len(geometry.level_blocks)
-    pending = [bytearray() for _ in range(levels + 1)]
-    written = [0] * levels
-
-    def flush(level: int) -> None:
-        block = bytes(pending[level]).ljust(BLOCK_SIZE, b"\0")
-        pending[level].clear()
-        if write is not None:
-            write(geometry.offset(level, written[level]), block)
-        written[level] += 1
-        add(level + 1, algorithm.new(block).digest())
-
-    def add(level: int, hashes: bytes) -> None:
-        pending[level] += hashes
-        if level < levels and len(pending[level]) == BLOCK_SIZE:
-            flush(level)
-
+    builder = _Builder(geometry, write)
     for chunk in chunks:
-        hashes = leaf_hashes(algorithm, chunk)
+        builder.add(leaf_hashes(geometry.algorithm, chunk))
+    return builder.root_hash()
+
+
+class _Builder:
+    """Packs hashes into hash blocks, level by level; behind the top level comes the root hash."""
+
+    def __init__(self, geometry: Geometry, write: WriteTree | None) -> None:
+        self._geometry = geometry
+        self._write = write
+        self._levels = len(geometry.level_blocks)
+        self._pending = [bytearray() for _ in range(self._levels + 1)]
+        self._written = [0] * self._levels
+
+    def add(self, hashes: bytes) -> None:
+        """Add hashes of data blocks."""
         position = 0
         while position < len(hashes):
-            room = BLOCK_SIZE - len(pending[0]) if levels else len(hashes)
-            add(0, hashes[position : position + room])
+            room = BLOCK_SIZE - len(self._pending[0])
+            self._pending[0] += hashes[position : position + room]
             position += room
-    for level in range(levels):
-        if pending[level]:
-            flush(level)
-    return bytes(pending[levels]) or bytes(algorithm.size)
+            for level in range(self._levels):
+                if len(self._pending[level]) < BLOCK_SIZE:
+                    break
+                self._flush(level)
+
+    def root_hash(self) -> bytes:
+        """Write what is not full yet, and return the root hash."""
+        for level in range(self._levels):
+            if self._pending[level]:
+                self._flush(level)
+        return bytes(self._pending[-1]) or bytes(self._geometry.algorithm.size)
+
+    def _flush(self, level: int) -> None:
+        block = bytes(self._pending[level]).ljust(BLOCK_SIZE, b"\0")
+        self._pending[level].clear()
+        if self._write is not None:
+            self._write(self._geometry.offset(level, self._written[level]), block)
+        self._written[level] += 1
+        self._pending[level + 1] += self._geometry.algorithm.new(block).digest()
 
 
 class VerifiedTree:
@@ -190,7 +207,7 @@ def salvage(
     digest: bytes,
     trees: Sequence[TreeBytes],
     read: TreeBytes,
-    write: Callable[[int, bytes], object],
+    write: WriteTree,
 ) -> bool:
     """Put together the hash blocks that one of `trees` has right; return whether the top one is among them.
 
