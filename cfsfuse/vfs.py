@@ -71,6 +71,8 @@ class Vfs:
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
         self._nodes: Lru[Nid, Node] = Lru(_NODES)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
+        self._findings: list[tuple[Nid, str]] = []
+        self._is_reporting = False
 
     def inode(self, nid: int) -> Inode:
         """Return the inode of `nid`."""
@@ -156,7 +158,7 @@ class Vfs:
                 loaded = await self._load_in_thread(node, offset, length)
             return self._store.finish(loaded, offset, length)
         except ObjectError as error:
-            await self._report(nid, error)
+            self._report(nid, error)
             raise
 
     async def _load_in_thread(self, node: External, offset: int, length: int) -> Loaded:
@@ -169,10 +171,27 @@ class Vfs:
         finally:
             self.in_flight -= 1
 
-    async def _report(self, nid: int, error: ObjectError) -> None:
-        """Log an error once for each file and finding, with a path that the file has in the image."""
+    def _report(self, nid: int, error: ObjectError) -> None:
+        """Log an error once for each file and finding, with a path that the file has in the image.
+
+        Looking for paths takes a walk through all directories, so it is done after the answer, and once for all
+        findings that have come up by then.
+        """
         key = (Nid(nid), str(error))
         if self._reported.get(key) is None:
             self._reported.put(key, True)
-            path = await trio.to_thread.run_sync(self.reader.path_of, Nid(nid), limiter=self._trees)
-            log.error("%s: %s", printable(path or b"?"), error)
+            self._findings.append(key)
+            if not self._is_reporting:
+                self._is_reporting = True
+                trio.lowlevel.spawn_system_task(self._log_findings)
+
+    async def _log_findings(self) -> None:
+        # Shielded: what has been found is to be said even when the mount ends meanwhile.
+        with trio.CancelScope(shield=True):
+            while self._findings:
+                findings, self._findings = self._findings, []
+                search = functools.partial(self.reader.paths_of, {nid for nid, _ in findings})
+                paths = await trio.to_thread.run_sync(search, limiter=self._trees)
+                for nid, text in findings:
+                    log.error("%s: %s", printable(paths.get(nid, b"?")), text)
+        self._is_reporting = False

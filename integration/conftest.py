@@ -117,7 +117,8 @@ class FuseMount:
         """Run `cfsfuse mount`, as a user would, and return when it has; raise MountFailed with what it says."""
         basedir = "basedir=" + ":".join(image.base_directories)
         text = ",".join([basedir, f"log={self.log.path}", *image.options, *options])
-        done = self._cfsfuse("mount", image.path, self.path, "-o", text)
+        with _adopting():
+            done = self._cfsfuse("mount", image.path, self.path, "-o", text)
         if done.returncode:
             raise MountFailed(done.returncode, done.stderr)
         self.processes = _processes_about(self.path)
@@ -131,6 +132,7 @@ class FuseMount:
         assert mount_at(self.path) is None
         statuses = [_wait_for(pid) for pid in self.processes]
         self.processes = []
+        assert 0 in statuses, f"exit statuses {statuses}: the daemon's is not among them, or is not 0"
         assert all(status in (0, None) for status in statuses), f"exit statuses {statuses}"
 
     def destroy(self) -> None:
@@ -188,10 +190,16 @@ def _wait_for(pid: int) -> int | None:
         return None
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _adopted_daemons() -> None:
-    """Become the parent of daemons whose own parent has ended: only a parent learns an exit status."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Become the parent of the daemon when its own ends: only a parent learns an exit status."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        # Others start daemons as well, and see them gone only if nobody keeps them as zombies.
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture(scope="session")
@@ -232,6 +240,8 @@ def fuse_device() -> Iterator[None]:
         pytest.skip(f"{_FUSE_DEVICE} is not there")
     if os.getuid() == 0:
         os.chmod(_FUSE_DEVICE, 0o666)  # noqa: S103  # as udev's rules make it
+    elif not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
+        pytest.skip(f"{_FUSE_DEVICE} is forbidden for this user")
     yield
     if os.getuid() == 0:
         os.chmod(_FUSE_DEVICE, mode)
@@ -240,11 +250,11 @@ def fuse_device() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ordinary(workspace: str, fuse_device: None) -> Account:
     """An ordinary user who can run this cfsfuse; skips, with the reason, where there is none."""
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not there: an ordinary user cannot mount")
     if os.getuid() != 0:
         return Account(os.getuid(), os.getgid())
     account = _ordinary_account()
-    if shutil.which("fusermount3") is None:
-        pytest.skip("fusermount3 is not there: an ordinary user cannot mount")
     try:
         account.run(sys.executable, "-c", "import cfsfuse.fuse.session, cfsfuse.cli.main")
     except (OSError, subprocess.CalledProcessError) as error:

@@ -99,22 +99,20 @@ class Reader:
                     base = child
                     stack.append((len(base), self.entries(inode)))
 
-    def path_of(self, nid: Nid) -> bytes | None:
-        """Return a path that leads to `nid`: a search through the directories, for messages."""
+    def paths_of(self, nids: set[Nid]) -> dict[Nid, bytes]:
+        """Return a path that leads to each of `nids`, as far as there is one: a search through all directories."""
         above: dict[Nid, tuple[Nid, bytes]] = {self.root.nid: (self.root.nid, b"")}
         stack = [self.root.nid]
-        while stack and nid not in above:
+        while stack and not nids <= above.keys():
             at = stack.pop()
             for name, found, file_type in dirent.dirents(self.image, self._directory(self.inode(at))):
-                if name not in _DOTS and found not in above and (found == nid or file_type == ondisk.FT_DIR):
-                    above[found] = (at, name)
+                if name in _DOTS or found in above:
+                    continue
+                if file_type == ondisk.FT_DIR:
                     stack.append(found)
-        names = []
-        at = nid
-        while at in above and at != self.root.nid:
-            at, name = above[at]
-            names.append(name)
-        return b"/" + b"/".join(reversed(names)) if nid in above else None
+                if file_type == ondisk.FT_DIR or found in nids:
+                    above[found] = (at, name)
+        return {nid: _path(nid, above) for nid in nids if nid in above}
 
     def resolve(self, path: bytes) -> Inode:
         """Return the inode at `path`, following no symlink; raise PathNotFound."""
@@ -186,3 +184,14 @@ class Reader:
 
 def _stat(inode: Inode) -> Stat:
     return Stat(inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size, inode.mtime_ns)
+
+
+def _path(nid: Nid, above: dict[Nid, tuple[Nid, bytes]]) -> bytes:
+    """Return the path of `nid`, given the parent and the name of it and of all above; the root is its own parent."""
+    names = []
+    parent, name = above[nid]
+    while nid != parent:
+        names.append(name)
+        nid = parent
+        parent, name = above[nid]
+    return b"/" + b"/".join(reversed(names))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
+from cfsfuse.erofs import overlay
 from cfsfuse.erofs.ondisk import NAME_MAX
 from cfsfuse.errors import (
     CfsError,
@@ -46,7 +47,8 @@ ERRNO: dict[type[CfsError], int] = {
     ImageError: errno.EIO,
 }
 
-_XATTR_PREFIXES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
+_XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
+_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 _COOKIES = 512  # a directory block of 4096 bytes has at most 315 dirents
 
 _DEVICE_MASK = 0o130000  # S_IFCHR and S_IFBLK agree in these bits of S_IFMT, and no other type does
@@ -151,7 +153,7 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         value = self._vfs.xattr(self._nid(inode), name)
         if value is None:
-            raise FUSEError(errno.ENODATA if name.startswith(_XATTR_PREFIXES) else errno.EOPNOTSUPP)
+            raise FUSEError(errno_of_absent_xattr(name))
         return value
 
     @guarded
@@ -199,3 +201,12 @@ class Operations(pyfuse3.Operations):
         if mode & _DEVICE_MASK == stat.S_IFCHR:
             answer.st_rdev = i_u
         return answer
+
+
+def errno_of_absent_xattr(name: bytes) -> int:
+    """Return what the kernel mount answers for a name that an inode does not have: it depends on the name's handler."""
+    if name in (*_XATTR_PREFIXES, overlay.PREFIX):
+        return errno.EINVAL
+    if name.startswith(overlay.PREFIX) and len(overlay.stored(name)) > NAME_MAX:
+        return errno.EOPNOTSUPP  # overlayfs escapes the name, and then it is too long
+    return errno.ENODATA if name.startswith(_XATTR_PREFIXES) or name in _ACLS else errno.EOPNOTSUPP
