@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.inode import NSEC_PER_SEC
+from cfsfuse.erofs.reader import path_from
 from cfsfuse.tree import External, Inline, Node, Symlink
 
 if TYPE_CHECKING:
@@ -58,13 +59,7 @@ class FirstNames:
 
     def path(self, nid: Nid) -> bytes:
         """Return the first path of an inode that has been met."""
-        names: list[bytes] = []
-        parent, name = self._names[nid]
-        while nid != parent:
-            names.append(name)
-            nid = parent
-            parent, name = self._names[nid]
-        return b"/" + b"/".join(reversed(names))
+        return path_from(nid, self._names)
 
 
 def line(path: bytes, node: Node, link: bytes | None = None) -> bytes:

@@ -112,7 +112,7 @@ class Reader:
                     stack.append(found)
                 if file_type == ondisk.FT_DIR or found in nids:
                     above[found] = (at, name)
-        return {nid: _path(nid, above) for nid in nids if nid in above}
+        return {nid: path_from(nid, above) for nid in nids if nid in above}
 
     def resolve(self, path: bytes) -> Inode:
         """Return the inode at `path`, following no symlink; raise PathNotFound."""
@@ -186,7 +186,7 @@ def _stat(inode: Inode) -> Stat:
     return Stat(inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size, inode.mtime_ns)
 
 
-def _path(nid: Nid, above: dict[Nid, tuple[Nid, bytes]]) -> bytes:
+def path_from(nid: Nid, above: dict[Nid, tuple[Nid, bytes]]) -> bytes:
     """Return the path of `nid`, given the parent and the name of it and of all above; the root is its own parent."""
     names = []
     parent, name = above[nid]
