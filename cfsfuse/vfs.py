@@ -33,6 +33,7 @@ _DISK_THREADS = 16
 _TREE_THREADS = 2
 _NODES = 4096
 _REPORTS = 4096
+_DOTS = (b".", b"..")
 
 
 class Listing(NamedTuple):
@@ -83,14 +84,17 @@ class Vfs:
         return self.reader.lookup(self.reader.inode(Nid(parent)), name)
 
     def listing(self, directory: int, block: int) -> Listing:
-        """Return what directory block `block` shows; nothing behind the last block."""
+        """Return what directory block `block` shows; nothing behind the last block.
+
+        Of `..` only the number and the type are right: nobody gets to see more of it.
+        """
         parent = self.inode(directory)
         dirents = self.reader.block(parent, block)
-        inode = self.reader.inode
-        entries = [(name, inode(nid)) for name, nid, _ in dirents]
+        read = self.reader.inode
+        entries = [(name, parent.numbered(nid) if name in _DOTS else read(nid)) for name, nid, _ in dirents]
         if any(kind == FT_CHRDEV for _, _, kind in dirents):
             entries = [entry for entry in entries if not entry[1].is_whiteout]
-        subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in (b".", b"..")]
+        subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in _DOTS]
         return Listing(entries, subdirectories, is_last=block + 1 >= self.reader.block_count(parent))
 
     def readlink(self, nid: int) -> bytes:

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.image import Image, Nid
 
 NSEC_PER_SEC = 1_000_000_000
+_TYPES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
 # i_format → layout, for both forms of the inode; the compressed layouts are missing.
-_LAYOUTS = {
+_FORMATS = {
     layout << ondisk.I_FORMAT_LAYOUT_SHIFT | form: layout
     for layout in (DataLayout.FLAT_PLAIN, DataLayout.FLAT_INLINE, DataLayout.CHUNK_BASED)
     for form in (0, ondisk.I_FORMAT_EXTENDED)
 }
-_TYPES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
-_IS_TYPE = tuple(value << 12 in _TYPES for value in range(16))
+# The file type, beyond the 16 bits of i_format, and i_format → layout: one look tells whether both are known.
+_LAYOUTS = {kind << 4 | i_format: layout for i_format, layout in _FORMATS.items() for kind in _TYPES}
 _new = tuple.__new__
 
 
@@ -45,6 +46,10 @@ class Inode(NamedTuple):
     i_u: int
     xattr_offset: int
     data_offset: int
+
+    def numbered(self, nid: Nid) -> Inode:
+        """Return the same inode under another number."""
+        return _new(Inode, (nid, *self[1:]))
 
     @property
     def is_directory(self) -> bool:
@@ -83,17 +88,16 @@ def read_inode(image: Image, nid: Nid) -> Inode:
 
     Listing a large tree is mostly this function: the order of its checks is that of their cost.
     """
-    offset = image.inode_offset(nid)
+    offset = image.meta_offset + (nid << ondisk.INODE_SLOT_BITS)
     i_format, icount, mode, size, i_u, uid, gid, seconds, nanoseconds, nlink = image.extended_inode(offset)
     after = offset + 64
     if not i_format & ondisk.I_FORMAT_EXTENDED:
         i_format, icount, mode, nlink, size, i_u, uid, gid = image.unpack(ondisk.INODE_COMPACT, offset, "inode")
         seconds, nanoseconds = image.super_block.build_time, image.super_block.build_time_nsec
         after = offset + 32
-    layout = _LAYOUTS.get(i_format)
+    layout = _LAYOUTS.get((mode & 0o170000) << 4 | i_format)
     if (
         layout is None
-        or not _IS_TYPE[mode >> 12]
         or nanoseconds >= NSEC_PER_SEC
         or (size > image.size and _is_oversized(image, mode, layout, size))
     ):
@@ -127,13 +131,13 @@ def _is_oversized(image: Image, mode: int, layout: DataLayout, size: int) -> boo
 
 
 def _bad_inode(offset: int, i_format: int, mode: int, nanoseconds: int, size: int) -> ImageError:
-    if i_format not in _LAYOUTS:
+    if i_format not in _FORMATS:
         layout = i_format >> ondisk.I_FORMAT_LAYOUT_SHIFT & ondisk.I_FORMAT_LAYOUT_MASK
         if layout in (DataLayout.COMPRESSED_FULL, DataLayout.COMPRESSED_COMPACT):
             name = DataLayout(layout).name
             return ImageError("i_format", f"data layout {name}: compressed files never appear in composefs", offset)
         return ImageError("i_format", f"{i_format:#x} is not a format of composefs", offset)
-    if not _IS_TYPE[mode >> 12]:
+    if stat.S_IFMT(mode) not in _TYPES:
         return ImageError("i_mode", f"{mode:o} has no file type", offset)
     if nanoseconds >= NSEC_PER_SEC:
         return ImageError("i_mtime_nsec", f"{nanoseconds} is not below {NSEC_PER_SEC}", offset)

@@ -22,6 +22,7 @@ _KEPT_ENTRIES = 16384  # about 500 bytes each
 _AHEAD = 64  # directories; what is prepared ahead must not drive out what is being listed
 
 Answer = TypeVar("Answer")
+Entries = list[tuple[bytes, "Inode"]]
 
 
 class Prepared(NamedTuple, Generic[Answer]):
@@ -35,8 +36,8 @@ class Prepared(NamedTuple, Generic[Answer]):
 class Listings(Generic[Answer]):
     """The listings of a `Vfs`, each entry in the form in which a session answers it."""
 
-    def __init__(self, vfs: Vfs, prepare: Callable[[bytes, Inode, int], Answer], cookies: int) -> None:
-        """`prepare` makes the answer for name, inode and cookie of an entry.
+    def __init__(self, vfs: Vfs, prepare: Callable[[Entries, int], list[Answer]], cookies: int) -> None:
+        """`prepare` makes the answers for entries (name and inode), the first of which has the cookie that it is given.
 
         The cookie of an entry is the index of its directory block times `cookies`, plus its place there counted from 1:
         where a listing goes on behind it. So a listing goes on anywhere at no cost.
@@ -67,8 +68,7 @@ class Listings(Generic[Answer]):
 
     def _make(self, directory: int, block: int) -> Prepared[Answer]:
         entries, subdirectories, is_last = self._vfs.listing(directory, block)
-        prepare = self._prepare
-        answers = [prepare(name, inode, at) for at, (name, inode) in enumerate(entries, block * self._cookies + 1)]
+        answers = self._prepare(entries, block * self._cookies + 1)
         prepared = Prepared(answers, subdirectories, is_last)
         self._kept.put((directory, block), prepared, len(answers) + 1)
         return prepared

@@ -23,7 +23,7 @@ from cfsfuse.errors import (
     PathNotFound,
 )
 from cfsfuse.fuse.caller import sees_trusted
-from cfsfuse.fuse.listings import Listings
+from cfsfuse.fuse.listings import Entries, Listings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -93,7 +93,7 @@ class Operations(pyfuse3.Operations):
         self._gid = gid
         self._root = vfs.root.nid
         self.enable_acl = vfs.reader.image.has_acl
-        self._listings = Listings(vfs, self._entry, _COOKIES)
+        self._listings = Listings(vfs, self._prepare, _COOKIES)
         self.work_ahead = self._listings.work_ahead
         self._absent = EntryAttributes()
         self._absent.entry_timeout = FOREVER
@@ -181,8 +181,9 @@ class Operations(pyfuse3.Operations):
     def _nid(self, inode: int) -> int:
         return self._root if inode == pyfuse3.ROOT_INODE else inode
 
-    def _entry(self, name: bytes, inode: Inode, cookie: int) -> tuple[bytes, EntryAttributes, int]:
-        return name, self._attributes(inode), cookie
+    def _prepare(self, entries: Entries, cookie: int) -> list[tuple[bytes, EntryAttributes, int]]:
+        attributes = self._attributes
+        return [(name, attributes(inode), at) for at, (name, inode) in enumerate(entries, cookie)]
 
     def _attributes(self, inode: Inode) -> EntryAttributes:
         nid, mode, nlink, uid, gid, size, mtime_ns, _, i_u, _, _ = inode
