@@ -18,6 +18,7 @@ from cfsfuse.erofs.ondisk import FT_CHRDEV, FT_DIR, NAME_MAX
 from cfsfuse.errors import ImageError, ObjectError, printable
 from cfsfuse.lru import Lru
 from cfsfuse.objects import WHOLE_FILE_MAX
+from cfsfuse.pace import Pace
 from cfsfuse.tree import External, Inline, Sparse
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Vfs:
         self._store = store
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
+        self._pace = Pace()
         self._nodes: Lru[Nid, Node] = Lru(_NODES)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
         self._findings: list[tuple[Nid, str]] = []
@@ -159,16 +161,19 @@ class Vfs:
             try:
                 loaded = self._store.load(node, offset, length, wait=False)
             except BlockingIOError:
-                loaded = await self._load_in_thread(node, offset, length)
+                loaded = await self._load_waiting(node, offset, length)
             return self._store.finish(loaded, offset, length)
         except ObjectError as error:
             self._report(nid, error)
             raise
 
-    async def _load_in_thread(self, node: External, offset: int, length: int) -> Loaded:
+    async def _load_waiting(self, node: External, offset: int, length: int) -> Loaded:
+        """Load what has to be waited for: in a thread, or here while the disk is faster than threads are."""
+        load = functools.partial(self._pace.timed, functools.partial(self._store.load, node, offset, length))
         # Opening a large file may have to compute its tree: that must not take the threads of everybody else.
         computes = length == 0 and node.stat.size > WHOLE_FILE_MAX
-        load = functools.partial(self._store.load, node, offset, length)
+        if self._pace.is_fast and not computes:
+            return load()
         self.in_flight += 1
         try:
             return await trio.to_thread.run_sync(load, limiter=self._trees if computes else self._disk)

@@ -6,17 +6,19 @@ by bytes over the whole directory. https://docs.kernel.org/filesystems/erofs.htm
 
 from __future__ import annotations
 
+import bisect
 import operator
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs import ondisk
+from cfsfuse.erofs.image import Nid
 from cfsfuse.erofs.inode import Inode, data_block
 from cfsfuse.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cfsfuse.erofs.image import Image, Nid
+    from cfsfuse.erofs.image import Image
 
 _DIRENT_SIZE = ondisk.DIRENT.size
 
@@ -68,7 +70,8 @@ def find(image: Image, directory: Inode, name: bytes) -> Nid | None:
     # into that block finds nothing.
     while low < high:
         middle = (low + high + 1) // 2
-        if _first_name(bytes(data_block(image, directory, middle)), directory) <= name:
+        first = bytes(data_block(image, directory, middle))
+        if _name(first, 0, _count(first, directory)) <= name:
             low = middle
         else:
             high = middle - 1
@@ -78,7 +81,11 @@ def find(image: Image, directory: Inode, name: bytes) -> Nid | None:
     # Most look-ups are for names that are not there: no occurrence of the bytes, no such name.
     if name not in data:
         return None
-    return next((nid for entry, nid, _ in parse_block(data, directory) if entry == name), None)
+    count = _count(data, directory)
+    at = bisect.bisect_left(range(count), name, key=lambda index: _name(data, index, count))
+    if at == count or _name(data, at, count) != name:
+        return None
+    return Nid(int.from_bytes(data[at * _DIRENT_SIZE : at * _DIRENT_SIZE + 8], "little"))
 
 
 def _count(data: bytes, directory: Inode) -> int:
@@ -91,11 +98,13 @@ def _count(data: bytes, directory: Inode) -> int:
     return nameoff // _DIRENT_SIZE
 
 
-def _first_name(data: bytes, directory: Inode) -> bytes:
-    count = _count(data, directory)
-    start = count * _DIRENT_SIZE
-    end = int.from_bytes(data[20:22], "little") if count > 1 else _end_of_last_name(data, start)
-    return data[start:end]
+def _name(data: bytes, index: int, count: int) -> bytes:
+    """Return the name of dirent `index` of a block with `count` of them."""
+    at = index * _DIRENT_SIZE + 8
+    start = int.from_bytes(data[at : at + 2], "little")
+    if index + 1 < count:
+        return data[start : int.from_bytes(data[at + _DIRENT_SIZE : at + _DIRENT_SIZE + 2], "little")]
+    return data[start : _end_of_last_name(data, start)]
 
 
 def _end_of_last_name(data: bytes, start: int) -> int:

@@ -48,14 +48,16 @@ class RequestWaiter:
         if start - self._last_turn > _TURN:
             await trio.lowlevel.checkpoint()
             start = self._last_turn = perf_counter()
-        if self._close and self._is_idle():
-            poll = self._poll.poll
-            end = start + self._seconds
-            while not poll(0):
-                if not self._work_ahead() and perf_counter() > end:
-                    break
-            else:
-                return
+        if self._close and self._is_idle() and self._poll_until(start + self._seconds):
+            return
         await trio.lowlevel.wait_readable(fd)
         self._last_turn = perf_counter()
         self._close = self._last_turn - start < self._seconds * _CLOSE
+
+    def _poll_until(self, end: float) -> bool:
+        """Poll; return whether there is a request, False when it is time to sleep."""
+        poll = self._poll.poll
+        while not poll(0):
+            if not self._work_ahead() and perf_counter() > end:
+                return False
+        return True
