@@ -6,7 +6,6 @@ by bytes over the whole directory. https://docs.kernel.org/filesystems/erofs.htm
 
 from __future__ import annotations
 
-import bisect
 import operator
 from typing import TYPE_CHECKING
 
@@ -78,14 +77,26 @@ def find(image: Image, directory: Inode, name: bytes) -> Nid | None:
     if high < 0:
         return None
     data = bytes(data_block(image, directory, low))
-    # Most look-ups are for names that are not there: no occurrence of the bytes, no such name.
-    if name not in data:
-        return None
-    count = _count(data, directory)
-    at = bisect.bisect_left(range(count), name, key=lambda index: _name(data, index, count))
-    if at == count or _name(data, at, count) != name:
-        return None
-    return Nid(int.from_bytes(data[at * _DIRENT_SIZE : at * _DIRENT_SIZE + 8], "little"))
+    slot = _slot_of(data, name, _count(data, directory) * _DIRENT_SIZE)
+    return None if slot is None else Nid(int.from_bytes(data[slot : slot + 8], "little"))
+
+
+def _slot_of(data: bytes, name: bytes, names_start: int) -> int | None:
+    """Return where in a directory block the dirent of `name` is.
+
+    Searching for the bytes, and then for the dirent that points to them, is several times faster than comparing names:
+    most look-ups are for names that are not there, and end with the first search.
+    """
+    at = data.find(name, names_start)
+    while at >= 0:
+        nameoff = at.to_bytes(2, "little")
+        field = data.find(nameoff, 8, names_start)
+        while field >= 0 and field % _DIRENT_SIZE != 8:
+            field = data.find(nameoff, field + 1, names_start)
+        if field >= 0 and _name(data, field // _DIRENT_SIZE, names_start // _DIRENT_SIZE) == name:
+            return field - 8
+        at = data.find(name, at + 1)
+    return None
 
 
 def _count(data: bytes, directory: Inode) -> int:
