@@ -16,8 +16,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import HostError, ImageError, PathNotFound, UsageError, printable
-from cfsfuse.imagefile import open_image
+from cfsfuse.errors import HostError, PathNotFound, UsageError, printable
+from cfsfuse.imagefile import naming, open_image
 from cfsfuse.tree import External, Inline, Sparse
 
 if TYPE_CHECKING:
@@ -84,12 +84,8 @@ def add_store(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Reader]:
     """Yield the reader of the image at `path`, which is named in the errors that come up while it is read."""
-    image = open_image(path)
-    try:
-        yield Reader(image)
-    except ImageError as error:
-        error.image = path
-        raise
+    with naming(path):
+        yield Reader(open_image(path))
 
 
 def base_directories(arguments: argparse.Namespace) -> list[str]:
