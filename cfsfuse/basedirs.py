@@ -11,7 +11,8 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.beneath import open_beneath, would_block
-from cfsfuse.errors import HostError, ObjectForbidden, ObjectMissing, ObjectUnusable
+from cfsfuse.errors import ObjectForbidden, ObjectMissing, ObjectUnusable, UsageError
+from cfsfuse.fstype import LOCAL, file_system_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ class BaseDirectories:
             try:
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
-                raise HostError(
+                raise UsageError(
                     f"{path}: base directory: {error.strerror}; name an object store with basedir="
                 ) from None
             self._fds.append(fd)
@@ -129,6 +130,8 @@ class BaseDirectories:
             except FileNotFoundError:
                 continue
             except BlockingIOError:
+                if wait:
+                    raise ObjectUnusable(path, "a lease that somebody has on it keeps it from being opened") from None
                 raise
             except PermissionError:
                 raise ObjectForbidden(path) from None
@@ -153,6 +156,10 @@ class BaseDirectories:
         except (ObjectUnusable, ObjectForbidden):
             pass
         return True
+
+    def are_local(self) -> bool:
+        """Return whether all base directories are on disks of this machine, or in its memory."""
+        return all(file_system_type(directory) in LOCAL for directory in self._fds)
 
     def statvfs(self) -> os.statvfs_result | None:
         """Return the statvfs of the first base directory, None when there is none."""

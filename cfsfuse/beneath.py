@@ -1,7 +1,8 @@
 """Open a file below a directory, and nothing else: no way out by `..`, symlinks, absolute paths or mounts.
 
 openat2(2) does it in one call since Linux 5.6. Where it is missing or forbidden (old kernels, seccomp filters), a walk
-that opens each component by itself gives the same guarantee. Constants: include/uapi/linux/openat2.h.
+that opens each component by itself gives nearly the same guarantee: it tells another mount by its device only.
+Constants: include/uapi/linux/openat2.h.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def _walk(directory: int, path: bytes) -> int:
             at = below
             if os.fstat(at).st_dev != device:
                 raise OSError(errno.EXDEV, "the path crosses a mount")
-        return os.open(last, _FLAGS, dir_fd=at)
+        fd = os.open(last, _FLAGS, dir_fd=at)
+        if os.fstat(fd).st_dev != device:
+            os.close(fd)
+            raise OSError(errno.EXDEV, "the path crosses a mount")
+        return fd
     finally:
         if at != directory:
             os.close(at)

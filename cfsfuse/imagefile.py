@@ -8,6 +8,7 @@ as a SIGBUS, which a mapping of the file itself could, even with fs-verity.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -15,14 +16,15 @@ import stat
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.image import Image
-from cfsfuse.errors import ImageDigestMismatch, ImageError
+from cfsfuse.erofs.ondisk import BLOCK_SIZE
+from cfsfuse.errors import HostError, ImageDigestMismatch, ImageError
 from cfsfuse.verity.digest import ALGORITHMS
-from cfsfuse.verity.ioctl import measure
 from cfsfuse.verity.merkle import content_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_MFD_NOEXEC_SEAL = 0x0008  # include/uapi/linux/memfd.h
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -37,15 +39,18 @@ def open_image(path: str, digest: str | None = None) -> Image:
     except OSError as error:
         raise ImageError(path, f"cannot open the image: {error.strerror}") from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise ImageError(path, "not an image: not a regular file")
-        content = _sealed_copy(fd, path)
-        if digest is not None:
-            _check_digest(path, fd, content, digest)
+        with naming(path):
+            # First the beginning alone: something else of a terabyte shall not be copied to memory to be refused.
+            Image(_beginning(fd, path), size=status.st_size)
+            content = _sealed_copy(fd, path)
+            if digest is not None:
+                _check_digest(path, content, digest)
+            return Image(content)
     finally:
         os.close(fd)
-    with naming(path):
-        return Image(content)
 
 
 @contextlib.contextmanager
@@ -58,27 +63,43 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
+def _beginning(fd: int, path: str) -> bytes:
+    try:
+        return os.pread(fd, BLOCK_SIZE, 0)
+    except OSError as error:
+        raise ImageError(path, f"cannot read the image: {error.strerror}") from None
+
+
 def _sealed_copy(fd: int, path: str) -> mmap.mmap | bytes:
-    copy = os.memfd_create("cfsfuse-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        copy = _memfd()
+    except OSError as error:
+        raise HostError(f"{path}: no memory for the image: {error.strerror}") from None
     try:
         size = 0
         while count := os.sendfile(copy, fd, size, 1 << 30):
             size += count
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
-        return mmap.mmap(copy, size, prot=mmap.PROT_READ) if size else b""
+        # Private, for before Linux 6.7 a sealed file cannot be mapped shared, not even to be read.
+        return mmap.mmap(copy, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size else b""
     except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.ENOSPC):
+            raise HostError(f"{path}: no memory for the image: {error.strerror}") from None
         raise ImageError(path, f"cannot read the image: {error.strerror}") from None
     finally:
         os.close(copy)
 
 
-def _check_digest(path: str, fd: int, content: mmap.mmap | bytes, expected: str) -> None:
+def _memfd() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("cfsfuse-image", flags | _MFD_NOEXEC_SEAL)  # demanded by sysctl vm.memfd_noexec=2
+    except OSError:
+        return os.memfd_create("cfsfuse-image", flags)  # before Linux 6.3
+
+
+def _check_digest(path: str, content: mmap.mmap | bytes, expected: str) -> None:
     algorithm = ALGORITHMS["sha256" if len(expected) == 64 else "sha512"]
-    # With kernel fs-verity every byte of the copy has been verified on its way here.
-    measured = measure(fd)
-    if measured is not None and measured.algorithm == algorithm.name:
-        found = measured.value
-    else:
-        found = content_digest(algorithm, content)
-    if found.hex() != expected:
-        raise ImageDigestMismatch(path, expected, found.hex())
+    found = content_digest(algorithm, content).hex()
+    if found != expected:
+        raise ImageDigestMismatch(path, expected, found)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.tree import External
     from cfsfuse.trees import TreeStore
-    from cfsfuse.verity.merkle import Bytes, VerifiedTree
+    from cfsfuse.verity.merkle import Bytes
 
 WHOLE_FILE_MAX = 1 << 20
 _CONTENT_BUDGET = 16 << 20  # bytes of verified small files
@@ -71,6 +71,11 @@ class ObjectStore:
         self._contents: Lru[Key, Bytes] = Lru(_CONTENT_BUDGET)
         self._known_good: Lru[Key, Signature] = Lru(_KNOWN_GOOD)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all objects are on disks of this machine."""
+        return self._directories.are_local()
+
     def statvfs(self) -> os.statvfs_result | None:
         """Return the statvfs of the first base directory's file system, None when there is none."""
         return self._directories.statvfs()
@@ -87,17 +92,22 @@ class ObjectStore:
         """Return verified bytes of `node`, fewer than `length` only at the end of the file."""
         return self.finish(self.load(node, offset, length, wait=wait), offset, length)
 
-    def load(self, node: External, offset: int, length: int, *, wait: bool = True) -> Loaded:
-        """Do the input that a read needs; `finish` is the hashing. Length 0 loads what `open` has to look at."""
+    def load(self, node: External, offset: int, length: int, *, wait: bool = True, compute: bool = True) -> Loaded:
+        """Do the input that a read needs; `finish` is the hashing. Length 0 loads what `open` has to look at.
+
+        Without `compute`, TreeNeeded instead of computing a tree.
+        """
         key = self._key(node)
         length = max(0, min(length, key.size - offset))
         load: Load = self._load_unverified
         if self._verifies(node):
-            load = self._load_whole if key.size <= WHOLE_FILE_MAX else self._load_blocks
+            blocks = functools.partial(self._load_blocks, compute=compute)
+            load = self._load_whole if key.size <= WHOLE_FILE_MAX else blocks
         try:
             return load(key, offset, length, wait=wait)
         except ObjectError:
-            self._look_anew(key)
+            # The next try opens the object anew: it may be restored, under its name or in place.
+            self._descriptors.drop(key)
             raise
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
@@ -115,10 +125,6 @@ class ObjectStore:
         if start == offset and length >= len(data):
             return data
         return memoryview(data)[offset - start : offset - start + length]
-
-    def _look_anew(self, key: Key) -> None:
-        """Let the next try open the object anew: after an error it may be restored, under its name or in place."""
-        self._descriptors.drop(key)
 
     def _load_unverified(self, key: Key, offset: int, length: int, *, wait: bool) -> Loaded:
         return _unchecked(self._descriptor(key, wait=wait), key, offset, length, wait=wait)
@@ -141,23 +147,26 @@ class ObjectStore:
         self._known_good.put(key, signature)
         self._contents.put(key, content, len(content) + _CONTENT_OVERHEAD)
 
-    def _load_blocks(self, key: Key, offset: int, length: int, *, wait: bool) -> Loaded:
+    def _load_blocks(self, key: Key, offset: int, length: int, *, wait: bool, compute: bool) -> Loaded:
         descriptor = self._descriptor(key, wait=wait)
         if descriptor.kernel_verifies:
             return _unchecked(descriptor, key, offset, length, wait=wait)
         start = offset & -BLOCK_SIZE
         end = min(offset + length + -(offset + length) % BLOCK_SIZE, key.size)
         count = -(-(end - start) // BLOCK_SIZE) if length else 0
-        tree = self._trees.prepare(key, descriptor, start // BLOCK_SIZE, count, wait=wait)
+        first = start // BLOCK_SIZE
+        blocks = range(first, first + count)
+        tree, leaves = self._trees.prepare(key, descriptor, blocks, wait=wait, compute=compute)
         if not length:
             return Loaded(b"", offset, None)
         data = descriptor.read(key.path, start, end - start, wait=wait)
-        return Loaded(data, start, functools.partial(self._check_blocks, key, tree, start // BLOCK_SIZE, data))
+        wrong = functools.partial(tree.wrong_block, first, data, leaves)
+        return Loaded(data, start, functools.partial(self._check_blocks, key, wrong))
 
-    def _check_blocks(self, key: Key, tree: VerifiedTree, first: int, data: Bytes) -> None:
-        wrong = tree.wrong_block(first, data)
+    def _check_blocks(self, key: Key, wrong_block: Callable[[], tuple[int, bytes, bytes] | None]) -> None:
+        wrong = wrong_block()
         if wrong is not None:
-            self._look_anew(key)
+            self._descriptors.drop(key)
             raise DigestMismatch(key.path, *wrong)
 
     def _verifies(self, node: External) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cfsfuse.atomic import published
 from cfsfuse.basedirs import Descriptor, Key, Place, Signature
 from cfsfuse.beneath import open_beneath, would_block
-from cfsfuse.errors import DigestMismatch, ObjectUnusable, TreeMismatch
+from cfsfuse.errors import DigestMismatch, ObjectUnusable, TreeMismatch, printable
 from cfsfuse.lru import Lru
 from cfsfuse.verity.digest import file_digest
 from cfsfuse.verity.merkle import Geometry, VerifiedTree, build, salvage
@@ -57,8 +57,14 @@ class TreeFile:
         return tree if tree._file.signature.st_size == size else None
 
     @classmethod
-    def scratch(cls) -> TreeFile:
-        """Return an empty tree without a name, on a disk: the tree of a file of a terabyte has eight gigabytes."""
+    def scratch(cls, directory: str | None) -> TreeFile:
+        """Return an empty tree without a name, in `directory` if that can be: a terabyte's has eight gigabytes.
+
+        Elsewhere it is in the directory of temporary files, which may be in memory.
+        """
+        for place in (directory, None):
+            with contextlib.suppress(OSError), tempfile.TemporaryFile(buffering=0, dir=place) as file:
+                return cls(os.dup(file.fileno()))
         with tempfile.TemporaryFile(buffering=0) as file:
             return cls(os.dup(file.fileno()))
 
@@ -79,13 +85,17 @@ class TreeFile:
         try:
             with published(directory, name) as fd:
                 done = 0
-                while done < size:
-                    done += os.sendfile(fd, self._file.fd, done, size - done)
+                while count := os.sendfile(fd, self._file.fd, done, size - done):
+                    done += count
         finally:
             os.close(directory)
 
     def __str__(self) -> str:
-        return self.place.label if self.place else "computed tree"
+        return printable(os.fsencode(self.place.label)) if self.place else "computed tree"
+
+
+class TreeNeeded(BlockingIOError):
+    """A tree has to be computed, which takes as long as reading the whole object."""
 
 
 class TreeStore:
@@ -96,74 +106,83 @@ class TreeStore:
         self._cache = cache
         self._cache_fd = _open_cache(cache)
         self._trees: Lru[Key, tuple[VerifiedTree, TreeFile]] = Lru(_KEPT_TREES)
-        # What has been computed from a damaged object stays true until the object changes.
-        self._hopeless: Lru[Key, tuple[Signature, DigestMismatch]] = Lru(_KEPT_VERDICTS)
+        self._damaged: Lru[Key, dict[str, TreeFile]] = Lru(_KEPT_TREES)
+        # The digest of an object for which no tree could be made: that stays true until the object changes.
+        self._hopeless: Lru[Key, tuple[Signature, bytes]] = Lru(_KEPT_VERDICTS)
+        self._disowning = threading.Lock()
         self._computing = threading.Lock()
 
     def clear(self) -> None:
         """Give back the descriptors of all trees that nobody is reading from."""
         self._trees.clear()
+        self._damaged.clear()
 
-    def prepare(self, key: Key, descriptor: Descriptor, first: int, count: int, *, wait: bool) -> VerifiedTree:
-        """Return the tree of an object, its hash blocks for `count` data blocks from `first` loaded and verified.
+    def prepare(
+        self, key: Key, descriptor: Descriptor, blocks: range, *, wait: bool, compute: bool
+    ) -> tuple[VerifiedTree, bytes]:
+        """Return the tree of an object, and the verified hashes of its data blocks `blocks`.
 
-        Raises DigestMismatch when no tree verifies them, BlockingIOError when that cannot be known without waiting.
+        Raises DigestMismatch or ObjectUnusable when no tree has them; with wait=False BlockingIOError when a disk has
+        to be waited for, and without `compute` TreeNeeded when a tree has to be computed.
         """
-        tree, file = self._trees.get(key) or self._find(key, descriptor, wait=wait)
-        try:
-            tree.prepare(first, count, wait=wait)
-        except TreeMismatch as mismatch:
-            if file.salvaged_from != descriptor.signature:
-                if not wait:
-                    raise would_block() from None
-                self._compute(key, descriptor, (file, mismatch))
-                return self.prepare(key, descriptor, first, count, wait=wait)
-            # Without a block number, so that all its blocks are one finding in the log.
-            reason = (
-                f"it is damaged, and so is hash block {mismatch.index} of level {mismatch.level} of its Merkle tree"
-            )
-            raise ObjectUnusable(key.path, reason) from None
-        return tree
+        while True:
+            tree, file = self._trees.get(key) or self._find(key, descriptor, wait=wait, compute=compute)
+            try:
+                return tree, tree.leaves(blocks.start, len(blocks), wait=wait)
+            except TreeMismatch as mismatch:
+                if file.salvaged_from == descriptor.signature:
+                    # Without a block number, so that all its blocks are one finding in the log.
+                    reason = (
+                        f"it is damaged, and so is hash block {mismatch.index} of level {mismatch.level} of its tree"
+                    )
+                    raise ObjectUnusable(key.path, reason) from None
+                self._disown(key, file, mismatch)
 
-    def _find(self, key: Key, descriptor: Descriptor, *, wait: bool) -> tuple[VerifiedTree, TreeFile]:
+    def _find(self, key: Key, descriptor: Descriptor, *, wait: bool, compute: bool) -> tuple[VerifiedTree, TreeFile]:
         """Return a tree whose top block is right, or compute one."""
         hopeless = self._hopeless.get(key)
         if hopeless is not None and hopeless[0] == descriptor.signature:
-            raise hopeless[1]
+            raise DigestMismatch(key.path, None, key.digest, hopeless[1])
         if not wait:
             raise would_block()
         geometry = Geometry(key.algorithm, key.size)
-        damaged: tuple[TreeFile, TreeMismatch] | None = None
         for place in self._places(key):
-            file = TreeFile.open(place, geometry.tree_size)
+            file = None if place.label in (self._damaged.get(key) or ()) else TreeFile.open(place, geometry.tree_size)
             if file is None:
                 continue
             tree = VerifiedTree(geometry, key.digest, file.read)
             try:
                 tree.hash_block(len(geometry.level_blocks) - 1, 0)
             except TreeMismatch as mismatch:
-                damaged = damaged or (file, mismatch)
+                self._disown(key, file, mismatch)
                 continue
             self._trees.put(key, (tree, file))
             return tree, file
-        return self._compute(key, descriptor, damaged)
+        if not compute:
+            raise TreeNeeded(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return self._compute(key, descriptor)
 
-    def _compute(
-        self, key: Key, descriptor: Descriptor, damaged: tuple[TreeFile, TreeMismatch] | None
-    ) -> tuple[VerifiedTree, TreeFile]:
-        """Return, and keep, a tree built from the object, or what can be put together of that and a damaged one.
+    def _disown(self, key: Key, file: TreeFile, mismatch: TreeMismatch) -> None:
+        """Use a damaged tree no more, and say so once; the next best is looked for."""
+        with self._disowning:
+            damaged = self._damaged.get(key) or {}
+            if file.salvaged_from is None and str(file) not in damaged:
+                log.warning("%s: %s: it is ignored", file, mismatch)
+                self._damaged.put(key, damaged | {file.place.label if file.place else str(file): file})
+            self._trees.drop(key)
+
+    def _compute(self, key: Key, descriptor: Descriptor) -> tuple[VerifiedTree, TreeFile]:
+        """Return, and keep, a tree built from the object, or what can be put together of that and damaged ones.
 
         One thread at a time: a second hashing thread would make both slower.
         """
         with self._computing:
             kept = self._trees.get(key)
-            if kept is not None and (damaged is None or kept[1] is not damaged[0]):
+            if kept is not None:
                 return kept  # another thread has just done it
-            if damaged is not None and damaged[0].salvaged_from is None:
-                log.warning("%s: %s: it is ignored and computed anew", *damaged)
             geometry = Geometry(key.algorithm, key.size)
             try:
-                file = self._build(key, descriptor, geometry, damaged and damaged[0])
+                file = self._build(key, descriptor, geometry, list((self._damaged.get(key) or {}).values()))
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise
@@ -173,33 +192,34 @@ class TreeStore:
             self._trees.put(key, (tree, file))
             return tree, file
 
-    def _build(self, key: Key, descriptor: Descriptor, geometry: Geometry, damaged: TreeFile | None) -> TreeFile:
-        """Build the tree, and publish it where the damaged one is or else in the cache."""
-        built = TreeFile.scratch()
+    def _build(self, key: Key, descriptor: Descriptor, geometry: Geometry, damaged: list[TreeFile]) -> TreeFile:
+        """Build the tree, and publish it where a damaged one is or else in the cache."""
+        built = TreeFile.scratch(self._cache)
         root_hash = build(geometry, descriptor.chunks(key.path, key.size), built.write)
         found = file_digest(key.algorithm, key.size, root_hash)
         if found != key.digest:
-            return self._salvage(key, descriptor, geometry, [damaged, built] if damaged else [], found)
-        self._publish(key, built, damaged, geometry.tree_size)
+            return self._salvage(key, descriptor, geometry, [*damaged, built] if damaged else [], found)
+        self._publish(built, [file.place for file in damaged if file.place] + self._cached(key), geometry.tree_size)
+        self._damaged.drop(key)
         return built
 
     def _salvage(
         self, key: Key, descriptor: Descriptor, geometry: Geometry, trees: list[TreeFile], found: bytes
     ) -> TreeFile:
         """Return the hash blocks that either of `trees` has right; raise DigestMismatch when nothing can be told."""
-        file = TreeFile.scratch()
+        file = TreeFile.scratch(self._cache)
         if not salvage(geometry, key.digest, [tree.read for tree in trees], file.read, file.write):
-            error = DigestMismatch(key.path, None, key.digest, found)
-            self._hopeless.put(key, (descriptor.signature, error))
-            raise error
+            self._hopeless.put(key, (descriptor.signature, found))
+            raise DigestMismatch(key.path, None, key.digest, found)
         file.salvaged_from = descriptor.signature
         return file
 
-    def _publish(self, key: Key, built: TreeFile, damaged: TreeFile | None, size: int) -> None:
-        places = [damaged.place] if damaged is not None and damaged.place is not None else []
-        places += self._cached(key)
+    def _publish(self, built: TreeFile, places: list[Place], size: int) -> None:
         for place in places:
             try:
+                if place.directory == self._cache_fd:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(os.path.dirname(place.path), 0o700, dir_fd=self._cache_fd)
                 built.publish(place, size)
             except OSError as error:
                 log.debug("%s: cannot keep the tree here: %s", place.label, error.strerror)
@@ -215,8 +235,6 @@ class TreeStore:
         if self._cache_fd is None or self._cache is None:
             return []
         name = key.digest.hex()
-        with contextlib.suppress(OSError):  # it exists, or the file will not open and the tree is not kept
-            os.mkdir(name[:2], 0o700, dir_fd=self._cache_fd)
         path = os.path.join(name[:2], name[2:])
         return [Place(self._cache_fd, path.encode(), os.path.join(self._cache, path))]
 

@@ -17,11 +17,13 @@ from cfsfuse.erofs.image import Nid
 from cfsfuse.erofs.ondisk import FT_CHRDEV, FT_DIR, NAME_MAX
 from cfsfuse.errors import ImageError, ObjectError, printable
 from cfsfuse.lru import Lru
-from cfsfuse.objects import WHOLE_FILE_MAX
 from cfsfuse.pace import Pace
 from cfsfuse.tree import External, Inline, Sparse
+from cfsfuse.trees import TreeNeeded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cfsfuse.erofs.inode import Inode
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.objects import Loaded, ObjectStore
@@ -32,8 +34,10 @@ log = logging.getLogger(__name__)
 
 _DISK_THREADS = 16
 _TREE_THREADS = 2
-_NODES = 4096
+_NODE_BUDGET = 4 << 20  # bytes
+_NODE_OVERHEAD = 1000  # bytes that a node costs besides its content and xattrs
 _REPORTS = 4096
+_LONGEST_SEARCH = 5.0  # seconds; an error is logged without its path then
 _DOTS = (b".", b"..")
 
 
@@ -71,8 +75,8 @@ class Vfs:
         self._store = store
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
-        self._pace = Pace()
-        self._nodes: Lru[Nid, Node] = Lru(_NODES)
+        self._pace = Pace(may_be_fast=store.is_local)
+        self._nodes: Lru[Nid, Node] = Lru(_NODE_BUDGET)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
         self._findings: list[tuple[Nid, str]] = []
         self._is_reporting = False
@@ -117,7 +121,7 @@ class Vfs:
         node = self._nodes.get(Nid(nid))
         if node is None:
             node = self.reader.node(self.inode(nid))
-            self._nodes.put(Nid(nid), node)
+            self._nodes.put(Nid(nid), node, _cost(node))
         return node
 
     def statfs(self) -> Space:
@@ -169,14 +173,19 @@ class Vfs:
 
     async def _load_waiting(self, node: External, offset: int, length: int) -> Loaded:
         """Load what has to be waited for: in a thread, or here while the disk is faster than threads are."""
-        load = functools.partial(self._pace.timed, functools.partial(self._store.load, node, offset, length))
-        # Opening a large file may have to compute its tree: that must not take the threads of everybody else.
-        computes = length == 0 and node.stat.size > WHOLE_FILE_MAX
-        if self._pace.is_fast and not computes:
-            return load()
+        load = functools.partial(self._store.load, node, offset, length)
+        timed = functools.partial(self._pace.timed, functools.partial(load, compute=False))
+        try:
+            return timed() if self._pace.is_fast else await self._in_thread(timed, self._disk)
+        except TreeNeeded:
+            # That may take minutes and must not take the threads of everybody else.
+            return await self._in_thread(load, self._trees)
+
+    async def _in_thread(self, load: Callable[[], Loaded], limiter: trio.CapacityLimiter) -> Loaded:
         self.in_flight += 1
         try:
-            return await trio.to_thread.run_sync(load, limiter=self._trees if computes else self._disk)
+            # Abandoned when the mount ends: nobody is to wait for a tree, or for a disk that hangs.
+            return await trio.to_thread.run_sync(load, abandon_on_cancel=True, limiter=limiter)
         finally:
             self.in_flight -= 1
 
@@ -195,12 +204,19 @@ class Vfs:
                 trio.lowlevel.spawn_system_task(self._log_findings)
 
     async def _log_findings(self) -> None:
-        # Shielded: what has been found is to be said even when the mount ends meanwhile.
+        # Shielded for a moment: what has been found is to be said even when the mount ends meanwhile.
         with trio.CancelScope(shield=True):
             while self._findings:
                 findings, self._findings = self._findings, []
                 search = functools.partial(self.reader.paths_of, {nid for nid, _ in findings})
-                paths = await trio.to_thread.run_sync(search, limiter=self._trees)
+                paths: dict[Nid, bytes] = {}
+                with trio.move_on_after(_LONGEST_SEARCH):
+                    paths = await trio.to_thread.run_sync(search, abandon_on_cancel=True, limiter=self._disk)
                 for nid, text in findings:
                     log.error("%s: %s", printable(paths.get(nid, b"?")), text)
         self._is_reporting = False
+
+
+def _cost(node: Node) -> int:
+    content = len(node.content) if isinstance(node, Inline) else 0
+    return _NODE_OVERHEAD + content + sum(map(len, node.xattrs.values()))

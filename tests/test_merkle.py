@@ -161,7 +161,7 @@ def test_data_across_hash_blocks_is_verified(first: int, count: int) -> None:
     tree = Tree(SHA256, 400)
     data = tree.content[first * BLOCK : (first + count) * BLOCK]
     verified = tree.verified()
-    verified.prepare(first, count)
+    verified.leaves(first, count)
     reads = tree.reads
     assert verified.wrong_block(first, data) is None
     assert tree.reads == reads
@@ -185,13 +185,13 @@ def test_damaged_hash_block_of_any_level_is_found(name: str, level: int, index: 
     verified = tree.verified()
     below = tree.geometry.per_block ** (level + 1)
     with pytest.raises(TreeMismatch) as caught:
-        verified.prepare(index * below, 1)
+        verified.leaves(index * below, 1)
     assert (caught.value.level, caught.value.index) == (level, index)
     if level + 1 < len(tree.geometry.level_blocks) and index:
-        verified.prepare(0, 1)  # what does not hang from it is fine
+        verified.leaves(0, 1)  # what does not hang from it is fine
     # Nothing of a wrong block has been kept.
     tree.damage(level, index, byte)
-    verified.prepare(index * below, 1)
+    verified.leaves(index * below, 1)
 
 
 def test_hash_blocks_of_another_place_are_not_accepted() -> None:
@@ -199,7 +199,7 @@ def test_hash_blocks_of_another_place_are_not_accepted() -> None:
     first, second = (slice(tree.geometry.offset(0, i), tree.geometry.offset(0, i + 1)) for i in range(2))
     tree.data[first], tree.data[second] = tree.data[second], tree.data[first]
     with pytest.raises(TreeMismatch):
-        tree.verified().prepare(0, 1)
+        tree.verified().leaves(0, 1)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -4096])
@@ -207,7 +207,7 @@ def test_tree_of_a_file_of_another_size_is_not_accepted(change: int) -> None:
     tree = Tree(SHA256, 400)
     other = VerifiedTree(Geometry(SHA256, tree.geometry.size + change), tree.digest, tree.read)
     with pytest.raises(TreeMismatch):
-        other.prepare(0, 1)
+        other.leaves(0, 1)
 
 
 def test_hash_blocks_kept_are_bounded() -> None:
@@ -215,7 +215,7 @@ def test_hash_blocks_kept_are_bounded() -> None:
     verified = tree.verified()
     for _ in range(2):
         for first in range(0, 128 * 40, 128):
-            verified.prepare(first, 128)
+            verified.leaves(first, 128)
     # One top block for all; the forty others do not all stay.
     assert 40 < tree.reads <= 2 * 40 + 2
 
@@ -301,6 +301,6 @@ def test_salvage_remakes_the_top_from_a_sound_level_below() -> None:
 
 def test_waiting_is_passed_on_to_the_reading_of_the_tree() -> None:
     tree = Tree(SHA256, 400)
-    tree.verified().prepare(0, 1, wait=False)
-    tree.verified().prepare(0, 1)
+    tree.verified().leaves(0, 1, wait=False)
+    tree.verified().leaves(0, 1)
     assert tree.waits == [False, False, True, True]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from cfsfuse.cli import common
+from cfsfuse.erofs.reader import Room
 from cfsfuse.errors import HostError, ImageError, UsageError
 from cfsfuse.tree import Sparse, Symlink
 
@@ -152,9 +153,11 @@ class Extraction:
         seen: set[Nid] = set()
         at = self._enter(top, name, parent, seen)
         levels = [_Level(top, self.reader.entries(top))]
+        room = Room(self.reader.image)
         try:
             while levels:
                 name, inode = next(levels[-1].entries, (b"", None))
+                room.take()
                 if inode is None:
                     at = self._leave(levels, at, parent)
                 elif name in (b".", b".."):

@@ -70,11 +70,21 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: that of the process) and return its exit code."""
+    open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
     parser = make_parser([verb] if verb in VERBS else [])
     parsed = parser.parse_args(words)
     return guard(lambda: int(parsed.run(parsed)), debug=parsed.debug, program=parser.prog)
+
+
+def open_standard_streams() -> None:
+    """Make descriptors 0 to 2 exist: a file with one of these numbers would be lost when a daemon lets go of them."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 - likewise
 
 
 def make_parser(verbs: Sequence[str] | None = None) -> Parser:
@@ -111,7 +121,7 @@ def guard(run: Callable[[], int], *, debug: bool, program: str) -> int:
         if debug:
             raise
         print(f"{program}: {error}", file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BAD)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # The reader has gone, as head(1) does; without this the interpreter complains when it flushes at exit.

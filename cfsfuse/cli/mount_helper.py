@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cfsfuse import __version__
 from cfsfuse.cli import mount as mount_verb
-from cfsfuse.cli.main import Parser, guard
+from cfsfuse.cli.main import Parser, guard, open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,7 @@ def make_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the helper and return its exit code."""
+    open_standard_streams()
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     return guard(lambda: mount_verb.run(parsed), debug=parsed.debug, program=parser.prog)

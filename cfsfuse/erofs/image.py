@@ -16,9 +16,6 @@ _unpack_extended = ondisk.INODE_EXTENDED.unpack_from
 Nid = NewType("Nid", int)
 """Node number: the inode's place in the metadata area in slots of 32 bytes, and `st_ino` in the kernel mount."""
 
-BlockAddress = NewType("BlockAddress", int)
-"""Index of a 4096-byte block, from the start of the image."""
-
 
 class Image:
     """An EROFS image in memory.
@@ -29,10 +26,14 @@ class Image:
 
     __slots__ = ("_buffer", "block_size", "header", "meta_offset", "root_nid", "size", "super_block", "xattr_offset")
 
-    def __init__(self, buffer: bytes | memoryview | mmap.mmap) -> None:
-        """Parse the super block of `buffer`; raise ImageError when it is not EROFS that we can read."""
+    def __init__(self, buffer: bytes | memoryview | mmap.mmap, *, size: int | None = None) -> None:
+        """Parse the super block of `buffer`; raise ImageError when it is not EROFS that we can read.
+
+        With `size`, `buffer` is the beginning of an image of that many bytes, of which only the super block is looked
+        at.
+        """
         self._buffer = memoryview(buffer).toreadonly()
-        self.size = self._buffer.nbytes
+        self.size = self._buffer.nbytes if size is None else size
         if self.size == 0:
             raise ImageError("image", "empty file")
         if self.size < ondisk.SUPER_OFFSET + ondisk.SUPER_BLOCK.size:
@@ -68,6 +69,8 @@ class Image:
             return _unpack_extended(self._buffer, offset)
         except (struct.error, OverflowError):
             rest = self.slice(offset, ondisk.INODE_COMPACT.size, "inode")
+            if rest[0] & ondisk.I_FORMAT_EXTENDED:
+                raise ImageError("inode", "its extended form reaches beyond the image", offset) from None
             return _unpack_extended(bytes(rest).ljust(ondisk.INODE_EXTENDED.size, b"\0"))
 
     def block(self, address: int, length: int, field: str) -> memoryview:

@@ -56,8 +56,6 @@ I_FORMAT_LAYOUT_SHIFT = 1
 I_FORMAT_LAYOUT_MASK = 0x07
 
 CHUNK_FORMAT_BLKBITS_MASK = 0x1F
-CHUNK_FORMAT_INDEXES = 0x20
-NULL_ADDR = 0xFFFFFFFF  # a chunk that is a hole; in composefs every chunk is
 
 XATTR_PREFIXES = {
     0: b"",  # composefs: the name is stored whole

@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 _DOTS = (b".", b"..")
 
 
+class Room:
+    """How many dirents an image has room for, counted down by whoever goes through its directories.
+
+    Directories that share blocks, which nobody writes, could keep a walk busy for days.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._left = image.size // ondisk.DIRENT.size
+
+    def take(self) -> None:
+        """Count a dirent; raise ImageError when there are too many."""
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError("dirent", "directories have more entries than the image has room for: they share blocks")
+
+
 class Reader:
     """The tree of a composefs image, as the kernel composefs mount shows it.
 
@@ -70,12 +86,10 @@ class Reader:
         """Yield path and inode of the directory `start` and all below it, depth first, names in the order of bytes.
 
         Raises ImageError when a directory is met twice: composefs has no hard links to directories, so it is a cycle.
-        And when directories have more entries than the image has room for: they share blocks, which nobody writes,
-        and could keep the walk busy for days.
         """
         top = start or self.root
         seen = {top.nid}
-        room = self.image.size // ondisk.DIRENT.size
+        room = Room(self.image)
         yield path, top
         # One path is kept, and how much of it each level has: a path for each would cost the square of a hostile depth.
         base = path.rstrip(b"/")
@@ -83,9 +97,7 @@ class Reader:
         while stack:
             _, children = stack[-1]
             name, inode = next(children, (b"", None))
-            room -= 1
-            if room < 0:
-                raise ImageError("dirent", "directories have more entries than the image has room for")
+            room.take()
             if inode is None:
                 stack.pop()
                 base = base[: stack[-1][0]] if stack else base
@@ -103,9 +115,11 @@ class Reader:
         """Return a path that leads to each of `nids`, as far as there is one: a search through all directories."""
         above: dict[Nid, tuple[Nid, bytes]] = {self.root.nid: (self.root.nid, b"")}
         stack = [self.root.nid]
+        room = Room(self.image)
         while stack and not nids <= above.keys():
             at = stack.pop()
             for name, found, file_type in dirent.dirents(self.image, self._directory(self.inode(at))):
+                room.take()
                 if name in _DOTS or found in above:
                     continue
                 if file_type == ondisk.FT_DIR:

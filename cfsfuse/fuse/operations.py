@@ -24,6 +24,7 @@ from cfsfuse.errors import (
 )
 from cfsfuse.fuse.caller import sees_trusted
 from cfsfuse.fuse.listings import Entries, Listings
+from cfsfuse.lru import Lru
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -49,6 +50,7 @@ ERRNO: dict[type[CfsError], int] = {
 
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+_REPORTS = 1024
 _COOKIES = 512  # a directory block of 4096 bytes has at most 315 dirents
 
 _DEVICE_MASK = 0o130000  # S_IFCHR and S_IFBLK agree in these bits of S_IFMT, and no other type does
@@ -63,17 +65,19 @@ def guarded(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    async def answer(*arguments: Any) -> Any:  # noqa: ANN401 - whatever pyfuse3 passes and the handler returns
+    async def answer(self: Operations, *arguments: Any) -> Any:  # noqa: ANN401 - as pyfuse3 and the handler have it
         try:
-            return await handler(*arguments)
+            return await handler(self, *arguments)
         except FUSEError:
             raise
         except CfsError as error:
             if isinstance(error, ImageError):
-                log.error("image: %s", error)  # noqa: TRY400 - the message says all of it
-            raise FUSEError(ERRNO.get(type(error), errno.EIO)) from None
+                self.report(error)
+            raise FUSEError(
+                next((number for kind, number in ERRNO.items() if isinstance(error, kind)), errno.EIO)
+            ) from None
         except Exception:
-            log.exception("unexpected error in %s%r", handler.__name__, arguments[1:])
+            log.exception("unexpected error in %s%r", handler.__name__, arguments)
             raise FUSEError(errno.EIO) from None
 
     return answer  # type: ignore[return-value]  # the wrapper takes and returns what the handler does
@@ -95,6 +99,9 @@ class Operations(pyfuse3.Operations):
         self.enable_acl = vfs.reader.image.has_acl
         self._listings = Listings(vfs, self._prepare, _COOKIES)
         self.work_ahead = self._listings.work_ahead
+        self._reported: Lru[str, bool] = Lru(_REPORTS)
+        if self._root <= pyfuse3.ROOT_INODE:
+            raise ImageError("root_nid", f"{self._root} cannot be served through FUSE")
         self._absent = EntryAttributes()
         self._absent.entry_timeout = FOREVER
 
@@ -173,6 +180,12 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         pass  # nothing is kept for an inode
+
+    def report(self, error: ImageError) -> None:
+        """Log an error of the image, each once: whoever may look at the mount could fill the log otherwise."""
+        if self._reported.get(str(error)) is None:
+            self._reported.put(str(error), True)
+            log.error("image: %s", error)
 
     def is_idle(self) -> bool:
         """Return whether no request is under way."""

@@ -10,10 +10,8 @@ import gc
 import logging
 import os
 import signal
-import sys
-import tempfile
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
 import trio
@@ -28,8 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Requests answered at once: those that wait for a disk, and one that does not. Further ones wait in the kernel.
-_TASKS = 24
+# Requests under way at once, each in a task: many more than may wait for threads, so that metadata never waits for
+# them.
+_TASKS = 256
 
 
 class Turn:
@@ -58,35 +57,45 @@ class Turn:
             self._waiting.unpark()
 
 
-async def serve(
-    operations: Operations, mountpoint: str, options: Sequence[str], *, poll: float, ready: Callable[[], None]
-) -> None:
+class Life(Protocol):
+    """What the one who mounts wants to know, and knows, of the mount's life."""
+
+    def begins(self) -> None:
+        """The mount is usable."""
+
+    def is_mine(self) -> bool:
+        """Return whether what is mounted there is still this mount, and to be unmounted at the end."""
+
+
+async def serve(operations: Operations, mountpoint: str, options: Sequence[str], *, poll: float, life: Life) -> None:
     """Mount at `mountpoint` and serve until it is unmounted, or until SIGINT or SIGTERM.
 
-    `options` are libfuse's, `poll` is in seconds, `ready` is called once the mount is usable. Raises HostError, with
-    what libfuse or fusermount3 said, when the mount fails; then nothing stays mounted.
+    `options` are libfuse's, `poll` is in seconds. Raises HostError, with what libfuse or fusermount3 said, when the
+    mount fails; then nothing stays mounted.
     """
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
         _mount(operations, mountpoint, options)
-        # Harmless when somebody has unmounted it already; lazily, so a mount in use goes away as well.
-        stack.callback(pyfuse3.close, unmount=True)
+        # Lazily, so a mount in use goes away as well.
+        stack.callback(lambda: pyfuse3.close(unmount=life.is_mine()))
         stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle, operations.work_ahead)))
         # What exists now lives as long as the mount: no collection needs to look at it again.
         gc.freeze()
         # Listings allocate by the thousand and hardly anything is a cycle: look for those seldom.
         gc.set_threshold(50_000)
         nursery = await stack.enter_async_context(trio.open_nursery())
-        nursery.start_soon(_stop_on_signal, signals)
-        ready()
+        nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
+        life.begins()
         await pyfuse3.main(min_tasks=_TASKS, max_tasks=_TASKS)
         nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signal(signals: AsyncIterator[int]) -> None:
+async def _stop_on_signal(signals: AsyncIterator[int], session: trio.CancelScope) -> None:
     async for number in signals:
         log.info("%s: unmounting", signal.Signals(number).name)
         pyfuse3.terminate()
+        # Requests that wait for a disk are not waited for.
+        session.cancel()
         return
 
 
@@ -117,9 +126,8 @@ def _mount(operations: Operations, mountpoint: str, options: Sequence[str]) -> N
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Give what is written to descriptor 2: libfuse and fusermount3 say their reasons only there."""
-    sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with open(os.memfd_create("cfsfuse-stderr", os.MFD_CLOEXEC), "w+b") as file:
         os.dup2(file.fileno(), 2)
 
         def said() -> str:

@@ -66,13 +66,13 @@ def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoRet
         status = 0
     except CfsError as error:
         if not announced:
-            os.write(writing, str(error).encode())
+            os.write(writing, str(error).encode(errors="backslashreplace"))
         else:
             log.error("%s", error)  # noqa: TRY400 - the message says all of it
     except BaseException as error:
         log.exception("the daemon ends")
         if not announced:
-            os.write(writing, f"unexpected error: {error!r}".encode())
+            os.write(writing, f"unexpected error: {error!r}".encode(errors="backslashreplace"))
     finally:
         logging.shutdown()
         os._exit(status)
@@ -90,10 +90,11 @@ def log_to(path: str | None, *, foreground: bool) -> None:
         handler = logging.handlers.SysLogHandler(_SYSLOG)
         handler.ident = f"cfsfuse[{os.getpid()}]: "
     else:
-        if path is None:
-            path = os.path.join(platformdirs.user_log_dir("cfsfuse", ensure_exists=True), "cfsfuse.log")
         try:
-            handler = logging.FileHandler(path)
+            if path is None:
+                path = os.path.join(platformdirs.user_log_dir("cfsfuse"), "cfsfuse.log")
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise HostError(f"{path}: cannot write the log: {error.strerror}; name another file with -o log=") from None
     style = (

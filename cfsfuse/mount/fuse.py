@@ -25,6 +25,7 @@ from cfsfuse.trees import TreeStore
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cfsfuse.mount.mountinfo import Mount
     from cfsfuse.mount.options import MountOptions
 
 FSTYPE = "fuse.cfsfuse"
@@ -45,11 +46,12 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
     _raise_descriptor_limit()
     # Opened before anything is mounted: a store below the mountpoint is the one underneath.
     directories = BaseDirectories(options.basedir)
-    daemon.log_to(os.path.abspath(options.log) if options.log else None, foreground=foreground)
+    log = os.path.abspath(options.log) if options.log else None
     trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
     store = ObjectStore(directories, trees, options.verification)
 
     def serve(ready: Callable[[], None]) -> None:
+        daemon.log_to(log, foreground=foreground)
         # Only the process that serves pays for the import of trio and pyfuse3.
         import trio
 
@@ -58,14 +60,35 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
 
         vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
         adapter = operations.Operations(vfs, uid=options.uid, gid=options.gid)
-        run = functools.partial(session.serve, poll=options.poll * 1e-6, ready=ready)
-        with watched(mountpoint):
+        with watched(mountpoint) as watch:
+            life = _Life(mountpoint, watch, ready)
+            run = functools.partial(session.serve, poll=options.poll * 1e-6, life=life)
             trio.run(run, adapter, mountpoint, libfuse_options)
 
     if foreground:
         serve(lambda: None)
     else:
         daemon.launch(serve)
+
+
+class _Life:
+    """Announces our mount, and tells it from another one that may stand in its place later."""
+
+    def __init__(self, mountpoint: str, watch: Callable[[Mount], None], ready: Callable[[], None]) -> None:
+        self._mountpoint = mountpoint
+        self._watch = watch
+        self._ready = ready
+        self._mount: Mount | None = None
+
+    def begins(self) -> None:
+        self._mount = mount_at(self._mountpoint)
+        if self._mount is None:
+            raise HostError(f"{self._mountpoint}: unmounted by somebody before it could be used")
+        self._watch(self._mount)
+        self._ready()
+
+    def is_mine(self) -> bool:
+        return self._mount is None or mount_at(self._mountpoint) == self._mount
 
 
 def check_mountpoint(mountpoint: str) -> None:

@@ -11,11 +11,15 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """A line of mountinfo: mount point, file system type, source."""
+    """A line of mountinfo: mount point, file system type, source, and `major:minor` of its device.
+
+    A device number belongs to one FUSE mount as long as that exists.
+    """
 
     mountpoint: str
     fstype: str
     source: str
+    device: str
 
 
 def mount_at(mountpoint: str) -> Mount | None:
@@ -27,10 +31,11 @@ def mount_at(mountpoint: str) -> Mount | None:
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             before, _, after = line.partition(b" - ")
-            path = os.fsdecode(_unescape(before.split(b" ")[4]))
+            _, _, device, _, escaped, *_ = before.split(b" ")
+            path = os.fsdecode(_unescape(escaped))
             if path == mountpoint:
                 fstype, source = after.split(b" ")[:2]
-                found = Mount(path, fstype.decode(), os.fsdecode(_unescape(source)))
+                found = Mount(path, fstype.decode(), os.fsdecode(_unescape(source)), device.decode())
     return found
 
 

@@ -114,10 +114,10 @@ def _digest(options: MountOptions, value: str) -> MountOptions:
     return replace(options, digest=value.lower())
 
 
-def _number(name: str) -> Callable[[MountOptions, str], MountOptions]:
+def _number(name: str, largest: int = 0xFFFFFFFE) -> Callable[[MountOptions, str], MountOptions]:
     def parse_number(options: MountOptions, value: str) -> MountOptions:
-        if not value.isascii() or not value.isdigit() or int(value) > 0xFFFFFFFE:
-            raise UsageError(f"{name}={value}: not a number from 0 to 4294967294")
+        if not value.isascii() or not value.isdigit() or int(value) > largest:
+            raise UsageError(f"{name}={value}: not a number from 0 to {largest}")
         return replace(options, **{name: int(value)})  # type: ignore[arg-type]  # the names below are of int fields
 
     return parse_number
@@ -141,7 +141,7 @@ _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "digest": _digest,
     "uid": _number("uid"),
     "gid": _number("gid"),
-    "poll": _number("poll"),
+    "poll": _number("poll", 10_000),
     "statfs": _statfs,
     "log": lambda options, value: replace(options, log=value),
 }

@@ -7,6 +7,7 @@ import fcntl
 import struct
 from typing import NamedTuple
 
+from cfsfuse.fstype import HAS_VERITY, file_system_type
 from cfsfuse.verity.digest import ALGORITHMS
 
 _FS_IOC_MEASURE_VERITY = 0xC0046686  # _IOWR('f', 134, struct fsverity_digest)
@@ -25,7 +26,12 @@ class Measured(NamedTuple):
 
 
 def measure(fd: int) -> Measured | None:
-    """Return the fs-verity digest that the kernel enforces on the file `fd`, None when it enforces none."""
+    """Return the fs-verity digest that the kernel enforces on the file `fd`, None when it enforces none.
+
+    Only file systems are asked that have fs-verity themselves: a FUSE server is asked by the kernel, and may lie.
+    """
+    if file_system_type(fd) not in HAS_VERITY:
+        return None
     argument = bytearray(_FSVERITY_DIGEST.pack(0, 64, b""))
     try:
         fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cfsfuse.errors import TreeMismatch
 from cfsfuse.lru import Lru
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap
-
-BlockIndex = NewType("BlockIndex", int)
-"""Index of a 4096-byte block in a file's data, or in one level of its tree."""
-
 
 WriteTree = Callable[[int, bytes], object]
 
@@ -161,14 +157,15 @@ class VerifiedTree:
             self._kept.put((level, index), block)
         return block
 
-    def wrong_block(self, first: int, data: Bytes) -> tuple[int, bytes, bytes] | None:
+    def wrong_block(self, first: int, data: Bytes, expected: bytes | None = None) -> tuple[int, bytes, bytes] | None:
         """Check `data`, which starts at block `first`; return index, expected and found hash of the first wrong block.
 
-        `data` ends at a block boundary or at the file's end.
+        `data` ends at a block boundary or at the file's end; `expected` are its leaves, when the caller has them.
         """
         hash_size = self.geometry.algorithm.size
         found = leaf_hashes(self.geometry.algorithm, data)
-        expected = self._leaves(first, len(found) // hash_size)
+        if expected is None:
+            expected = self.leaves(first, len(found) // hash_size)
         if found == expected:
             return None
         at = next(
@@ -176,13 +173,10 @@ class VerifiedTree:
         )
         return first + at // hash_size, expected[at : at + hash_size], found[at : at + hash_size]
 
-    def prepare(self, first: int, count: int, *, wait: bool = True) -> None:
-        """Load and verify the hash blocks that `count` data blocks from `first` need: checking reads nothing then."""
-        if count:
-            self._leaves(first, count, wait=wait)
-
-    def _leaves(self, first: int, count: int, *, wait: bool = True) -> bytes:
+    def leaves(self, first: int, count: int, *, wait: bool = True) -> bytes:
         """Return the verified hashes of `count` data blocks from `first`."""
+        if not count:
+            return b""
         per_block, hash_size = self.geometry.per_block, self.geometry.algorithm.size
         index, slot = divmod(first, per_block)
         if slot + count <= per_block:
