@@ -23,7 +23,7 @@ RECORDED_TREES = b".merkle/"
 
 # What an errno of open_beneath means for an object.
 _REASONS = {
-    errno.EXDEV: "its path leads out of the base directory",
+    errno.EXDEV: "its path leads out of the base directory, or has an empty, . or .. component",
     errno.ELOOP: "a symlink stands in its path",
     errno.ENXIO: "not a regular file",
 }
@@ -148,12 +148,12 @@ class BaseDirectories:
             yield Place(directory, tree, os.path.join(base, os.fsdecode(tree)))
 
     def exists(self, path: bytes) -> bool:
-        """Return whether some base directory has a file at `path`."""
+        """Return whether some base directory has a file at `path`, as far as this process can see."""
         try:
             self.open(path)
-        except ObjectMissing:
+        except (ObjectMissing, ObjectForbidden):
             return False
-        except (ObjectUnusable, ObjectForbidden):
+        except ObjectUnusable:
             pass
         return True
 

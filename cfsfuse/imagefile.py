@@ -34,23 +34,23 @@ def open_image(path: str, digest: str | None = None) -> Image:
     With `digest`, lower-case hex of an fs-verity digest (sha256 or sha512 by its length), raise ImageDigestMismatch
     unless the very bytes that the image consists of have it.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        raise ImageError(path, f"cannot open the image: {error.strerror}") from None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(path, "not an image: not a regular file")
-        with naming(path):
+    with naming(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            raise ImageError("image", f"cannot be opened: {error.strerror}") from None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("image", "not a regular file")
             # First the beginning alone: something else of a terabyte shall not be copied to memory to be refused.
-            Image(_beginning(fd, path), size=status.st_size)
+            Image(_beginning(fd), size=status.st_size)
             content = _sealed_copy(fd, path)
-            if digest is not None:
-                _check_digest(path, content, digest)
-            return Image(content)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
+        if digest is not None:
+            _check_digest(path, content, digest)
+        return Image(content)
 
 
 @contextlib.contextmanager
@@ -63,11 +63,11 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
-def _beginning(fd: int, path: str) -> bytes:
+def _beginning(fd: int) -> bytes:
     try:
         return os.pread(fd, BLOCK_SIZE, 0)
     except OSError as error:
-        raise ImageError(path, f"cannot read the image: {error.strerror}") from None
+        raise ImageError("image", f"cannot be read: {error.strerror}") from None
 
 
 def _sealed_copy(fd: int, path: str) -> mmap.mmap | bytes:
@@ -85,7 +85,7 @@ def _sealed_copy(fd: int, path: str) -> mmap.mmap | bytes:
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise HostError(f"{path}: no memory for the image: {error.strerror}") from None
-        raise ImageError(path, f"cannot read the image: {error.strerror}") from None
+        raise ImageError("image", f"cannot be read: {error.strerror}") from None
     finally:
         os.close(copy)
 

@@ -103,7 +103,8 @@ def open_store(arguments: argparse.Namespace) -> ObjectStore:
     from cfsfuse.objects import ObjectStore, Verification
     from cfsfuse.trees import TreeStore
 
-    directories = BaseDirectories(base_directories(arguments))
+    paths = base_directories(arguments)
+    directories = BaseDirectories(paths)
     trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
     return ObjectStore(directories, trees, Verification.OFF if arguments.noverity else Verification.RECORDED)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.inode import Inode
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.objects import ObjectStore
-    from cfsfuse.tree import Node
+    from cfsfuse.tree import Node, Stat
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -42,7 +42,8 @@ _NOT_PERMITTED = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, err
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [options] IMAGE [PATH] DEST"
     parser.epilog = """\
-Mode, time of modification and hard links are kept; the owner too when root extracts. Extended attributes and devices
+Mode, time of modification and hard links are kept; the owner too when root extracts, and the set-user-ID and
+set-group-ID bits of files with it. Extended attributes and devices
 that may not be made here are left out, and counted in the summary.
 """
     common.add_image(parser)
@@ -251,7 +252,7 @@ class Extraction:
         status = node.stat
         self._set_owner(fd, node)
         self._set_xattrs(fd, node)
-        os.fchmod(fd, stat.S_IMODE(status.mode))
+        os.fchmod(fd, self._mode(status))
         _set_time(fd, status.mtime_ns)
 
     def _finish_name(self, path: bytes, node: Node) -> None:
@@ -259,8 +260,13 @@ class Extraction:
         self._set_owner(path, node)
         self._set_xattrs(path, node)
         if not isinstance(node, Symlink):
-            os.chmod(path, stat.S_IMODE(node.stat.mode))
+            os.chmod(path, self._mode(node.stat))
         _set_time(path, node.stat.mtime_ns)
+
+    def _mode(self, status: Stat) -> int:
+        """Return the mode to set: with another owner than the image's, set-user-ID would give away the wrong one."""
+        mode = stat.S_IMODE(status.mode)
+        return mode if self.chown or stat.S_ISDIR(status.mode) else mode & ~(stat.S_ISUID | stat.S_ISGID)
 
     def _set_owner(self, target: int | bytes, node: Node) -> None:
         if not self.chown:
@@ -272,7 +278,7 @@ class Extraction:
             else:
                 os.chown(target, uid, gid, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _NOT_PERMITTED:
+            if error.errno not in _NOT_PERMITTED or stat.S_IMODE(node.stat.mode) & (stat.S_ISUID | stat.S_ISGID):
                 raise
             self.done.owners_skipped += 1
 

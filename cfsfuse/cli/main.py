@@ -9,7 +9,16 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cfsfuse import __version__
-from cfsfuse.errors import CfsError, HostError, ImageDigestMismatch, ImageError, ObjectError, PathNotFound, UsageError
+from cfsfuse.errors import (
+    CfsError,
+    HostError,
+    ImageDigestMismatch,
+    ImageError,
+    ObjectError,
+    PathNotFound,
+    UsageError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,7 +129,7 @@ def guard(run: Callable[[], int], *, debug: bool, program: str) -> int:
     except CfsError as error:
         if debug:
             raise
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {printable(str(error).encode(errors='surrogateescape'))}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BAD)
     except OSError as error:
         if isinstance(error, BrokenPipeError):

@@ -20,20 +20,30 @@ mount options (-o, separated by commas; \\, and \\: stand for a comma and a colo
   allow_other         let other users in; the default for root (noallow_other)
   uid=N, gid=N        show every file as owned by this user, by this group
   statfs=store|image  the free space that df shows: of the object store (default), or none
-  log=FILE            write the log there instead of to the system's log
+  log=FILE            write the log there; without it the system's log has it, or where there is none
+                      ~/.local/state/cfsfuse/log/cfsfuse.log
   poll=US             after a request wait that long for the next without sleeping (100 µs; 0: never)
-  nosuid, dev, noexec and the like are the kernel's; ro, rw and those of fstab are accepted
+  nosuid, suid, nodev, dev, noexec, exec are the kernel's (nosuid,nodev unless root says otherwise); ro, rw and those of
+  fstab are accepted
+
+files:
+  ~/.cache/cfsfuse/merkle   Merkle trees of large objects, never trusted; may be deleted at any time
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    add_operands(parser)
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to standard error")
+
+
+def add_operands(parser: argparse.ArgumentParser) -> None:
+    """Add what `mount.cfsfuse` takes as well."""
     parser.epilog = OPTION_HELP
     parser.add_argument("image", metavar="IMAGE", help="the composefs image")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument(
         "-o", "--options", metavar="OPTIONS", action="append", default=[], help="mount options, see below"
     )
-    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to standard error")
 
 
 def run(arguments: argparse.Namespace) -> int:

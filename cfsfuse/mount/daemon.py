@@ -13,7 +13,7 @@ import platformdirs
 from cfsfuse.errors import CfsError, HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +21,25 @@ _SYSLOG = "/dev/log"
 _READY = b"\0"
 
 
-def launch(serve: Callable[[Callable[[], None]], object]) -> None:
+def open_descriptors() -> list[int]:
+    """Return the descriptors above the standard ones: called first of all, those that the caller left open for us."""
+    listed = [int(name) for name in os.listdir("/proc/self/fd")]
+    # The descriptor of the listing itself is closed by now, and its number will be used again.
+    return [fd for fd in listed if fd > 2 and os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int]) -> None:
     """Run `serve` in a child process; return when it calls its argument, raise HostError with its reason otherwise.
 
-    The parent waits on a pipe. The child is a session of its own and holds none of our standard streams once it is
-    ready, so whoever reads them sees their end.
+    The parent waits on a pipe. The child is a session of its own. It closes `not_ours` at once, and the standard
+    streams when it is ready: whoever reads from them, or waits for a lock on them, must not wait for the mount's end.
     """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        for fd in not_ours:
+            os.close(fd)
         _child(serve, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:

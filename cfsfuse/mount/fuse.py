@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import functools
 import os
 import resource
@@ -23,7 +26,7 @@ from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cfsfuse.mount.mountinfo import Mount
     from cfsfuse.mount.options import MountOptions
@@ -38,10 +41,12 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
 
     Raises a CfsError, with nothing mounted and no process left.
     """
+    not_ours = daemon.open_descriptors()
+    if not options.basedir:
+        raise UsageError("no base directory: name the object store with -o basedir=")
     mountpoint = os.path.realpath(mountpoint)
     with naming(image_path):
         reader = Reader(open_image(image_path, options.digest))
-    check_mountpoint(mountpoint)
     libfuse_options = _libfuse_options(image_path, options)
     _raise_descriptor_limit()
     # Opened before anything is mounted: a store below the mountpoint is the one underneath.
@@ -65,10 +70,33 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
             run = functools.partial(session.serve, poll=options.poll * 1e-6, life=life)
             trio.run(run, adapter, mountpoint, libfuse_options)
 
-    if foreground:
-        serve(lambda: None)
-    else:
-        daemon.launch(serve)
+    with _claimed(mountpoint) as claim:
+        check_mountpoint(mountpoint)
+        if foreground:
+            serve(functools.partial(fcntl.flock, claim, fcntl.LOCK_UN))
+        else:
+            daemon.launch(serve, [*not_ours, claim])
+
+
+@contextlib.contextmanager
+def _claimed(mountpoint: str) -> Iterator[int]:
+    """Hold a lock on the mount point, so that of two who mount there at once the second sees the first's mount."""
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        # A directory that may not be read can be mounted on; two at once are not kept apart there.
+        fd = os.memfd_create("cfsfuse-claim", os.MFD_CLOEXEC)
+    except OSError as error:
+        dead = error.errno == errno.ENOTCONN
+        remedy = "a dead mount is there, take it away with cfsfuse umount" if dead else "create the directory first"
+        raise UsageError(f"{mountpoint}: mountpoint: {error.strerror}; {remedy}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        # A child has this lock as well, as long as nobody says that it ends.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 class _Life:
@@ -114,6 +142,9 @@ def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
         raise HostError("fusermount3: not found; an ordinary user needs it to mount: install the package fuse3")
     # As root the kernel mount can be used by everybody, so can this one; an ordinary user has to ask for it.
     allow_other = privileged if options.allow_other is None else options.allow_other
+    forbidden = [flag for flag in options.flags if flag in ("dev", "suid")]
+    if forbidden and not privileged:
+        raise HostError(f"{forbidden[0]}: only root may mount with it")
     if allow_other and not privileged and not _conf_allows_other():
         raise HostError(
             f"allow_other: {_FUSE_CONF} does not permit it; the administrator has to write user_allow_other there"

@@ -52,6 +52,12 @@ _IGNORED = frozenset(
         "owner",
         "nofail",
         "_netdev",
+        "default_permissions",
+        "dirsync",
+        "silent",
+        "loud",
+        "mand",
+        "nomand",
         "relatime",
         "norelatime",
         "strictatime",
@@ -73,7 +79,10 @@ def parse(text: str) -> MountOptions:
     Raises UsageError naming the option, or HostError for one that this backend cannot have.
     """
     options = MountOptions()
-    for item in split(text, ","):
+    items = split(text, ",")
+    if "noverity" in items and ("verity" in items or "tryverity" in items):
+        raise UsageError("noverity contradicts verity and tryverity: give one of them")
+    for item in items:
         if item and item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES):
             options = _with(options, item)
     return options
