@@ -53,13 +53,14 @@ def test_last_one_counts(text: str, field: str) -> None:
     assert getattr(parse(text), field) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "verification"),
-    [("noverity,verity", Verification.REQUIRED), ("verity,noverity", Verification.OFF),
-     ("noverity,tryverity", Verification.RECORDED), ("verity,tryverity", Verification.RECORDED)],
-)  # fmt: skip
-def test_last_word_on_verification_counts(text: str, verification: Verification) -> None:
-    assert parse(text).verification is verification
+@pytest.mark.parametrize("text", ["noverity,verity", "verity,ro,noverity", "noverity,tryverity", "verity,tryverity"])
+def test_contradictions_about_verification_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="contradict each other"):
+        parse(text)
+
+
+def test_the_same_word_twice_is_no_contradiction() -> None:
+    assert parse("verity,verity").verification is Verification.REQUIRED
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,6 @@ def users(mountpoint: str) -> list[str]:
     """Return the processes seen to use what is mounted there, as "name (pid)"; only those that we may look at."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        if int(pid) == os.getpid():
-            continue
         with contextlib.suppress(OSError):
             if any(_is_below(link, mountpoint) for link in _links(pid)):
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:

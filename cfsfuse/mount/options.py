@@ -80,8 +80,9 @@ def parse(text: str) -> MountOptions:
     """
     options = MountOptions()
     items = split(text, ",")
-    if "noverity" in items and ("verity" in items or "tryverity" in items):
-        raise UsageError("noverity contradicts verity and tryverity: give one of them")
+    said = [verification.value for verification in Verification if verification.value in items]
+    if len(said) > 1:
+        raise UsageError(f"{' and '.join(said)} contradict each other: give one of them")
     for item in items:
         if item and item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES):
             options = _with(options, item)

@@ -29,7 +29,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
     take_away = _umount2 if is_privileged() else _fusermount
     if take_away(path, lazy=lazy):
-        names = ", ".join(users(path))
+        names = ", ".join(user for user in users(path) if not user.endswith(f"({os.getpid()})"))
         by = f" by {names}" if names else ""
         raise HostError(f"{mountpoint}: in use{by}; end that first, or use --lazy")
 
