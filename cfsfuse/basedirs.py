@@ -60,10 +60,14 @@ class Descriptor:
         """Take over `fd`, which is named `path` in errors; raise ObjectUnusable when it is not a regular file."""
         self.fd = fd
         self.kernel_verifies = False
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(self.look().st_mode):
             raise ObjectUnusable(path, "not a regular file")
+
+    def look(self) -> os.stat_result:
+        """Take the signature of the file as it is now."""
+        status = os.fstat(self.fd)
         self.signature = Signature(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return status
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -80,7 +84,7 @@ class Descriptor:
         while rest:
             count = self._preadv(path, rest, offset + length - len(rest), wait=wait)
             if not count:
-                raise ObjectUnusable(path, f"ends at byte {offset + length - len(rest)}: it has been truncated")
+                raise ObjectUnusable(path, f"has nothing at byte {offset + length - len(rest)}: it has been truncated")
             rest = rest[count:]
         return data
 

@@ -125,11 +125,15 @@ class TreeStore:
         Raises DigestMismatch or ObjectUnusable when no tree has them; with wait=False BlockingIOError when a disk has
         to be waited for, and without `compute` TreeNeeded when a tree has to be computed.
         """
+        looked = False
         while True:
             tree, file = self._trees.get(key) or self._find(key, descriptor, wait=wait, compute=compute)
             try:
                 return tree, tree.leaves(blocks.start, len(blocks), wait=wait)
             except TreeMismatch as mismatch:
+                if not looked:  # once: somebody who writes all the time shall not keep us here
+                    descriptor.look()
+                    looked = True
                 if file.salvaged_from == descriptor.signature:
                     # Without a block number, so that all its blocks are one finding in the log.
                     reason = (

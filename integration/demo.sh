@@ -45,6 +45,15 @@ fail() {
     exit 1
 }
 
+# Waits until the log has a line for each file that cannot be read, ten seconds at most: it is written after the answer.
+wait_for_log() {
+    for _ in $(seq 100); do
+        [ "$(grep -cF "object $object: " log)" -lt "$(wc -l <expected)" ] || return 0
+        sleep 0.1
+    done
+    fail 'the log lacks errors'
+}
+
 heading 'A composefs image: the tree in python.cfs, the contents in objects/'
 run "tar -xzf $(realpath "$archive")"
 run 'ls'
@@ -85,6 +94,7 @@ run "find mnt -type f -exec sh -c 'for file; do cat \"\$file\" >/dev/null || ech
 diff <(sort expected) <(sort failed) || fail 'other files fail than those that use the object'
 # shellcheck disable=SC2016 # likewise
 run 'diff <(sort expected) <(sort failed) && echo "exactly those that use it: $(wc -l <failed) of $(find mnt -type f | wc -l)"'
+wait_for_log
 run 'cat log'
 while read -r path; do
     grep -qF "ERROR $path: object $object: fs-verity digest: expected ${object/\//}, found " log ||

@@ -38,6 +38,7 @@ T = TypeVar("T")
 BLOCK = 4096
 PATIENCE = 20.0  # seconds until a condition that must come true has failed to
 CFSFUSE = os.path.join(os.path.dirname(sys.executable), "cfsfuse")
+WATCHER = b"cfsfuse-watcher"  # the name by which the watcher's shell is called
 _MARK = "CFSFUSE_STAGE"
 _CPUCLOCK_SCHED = 2  # include/linux/posix-timers_types.h; clock_getcpuclockid(3) makes a clock of it and a pid
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -271,7 +272,7 @@ class Stage:
         before = set(self.processes())
         done = self.run(CFSFUSE, "mount", *self.words(*options, image=image, mountpoint=mountpoint))
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
-        new = [pid for pid in self.processes() if pid not in before and _command_name(pid) != "fusermount3"]
+        new = [pid for pid in self.daemons() if pid not in before]
         assert len(new) == 1, f"one daemon is expected, these are there: {new}"
         return new[0]
 
@@ -286,11 +287,12 @@ class Stage:
 
     def unmount(self, mountpoint: str | None = None) -> None:
         """Unmount by `cfsfuse umount` and assert that all went well and the daemon has ended."""
-        daemons = len(self.processes())
+        before = len(self.processes())
         done = self.run(CFSFUSE, "umount", mountpoint or self.mountpoint)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
         assert mount_at(mountpoint or self.mountpoint) is None
-        eventually(lambda: len(self.processes()) < daemons, "the daemon's end")
+        # The watcher as well: it ends before the daemon does.
+        eventually(lambda: len(self.processes()) <= before - 2, "the daemon's end")
 
     @contextlib.contextmanager
     def mounted(self, *options: str, image: str | None = None) -> Iterator[int]:
@@ -302,6 +304,14 @@ class Stage:
         """Return the living processes that descend from this stage, as long as we may look at them."""
         mark = f"{_MARK}={self.mark}".encode()
         return [pid for pid in _pids() if mark in _environment(pid)]
+
+    def daemons(self) -> list[int]:
+        """Return those of the processes that are not watchers."""
+        return [pid for pid in self.processes() if WATCHER not in _command_line(pid)]
+
+    def watchers(self) -> list[int]:
+        """Return the processes that wait for the death of a daemon."""
+        return [pid for pid in self.processes() if WATCHER in _command_line(pid)]
 
     def mounts(self) -> list[str]:
         """Return the mountpoints in this stage."""
@@ -479,9 +489,10 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
-def _command_name(pid: int) -> str:
+def _command_line(pid: int) -> list[bytes]:
+    """Return the words of a process; nothing for those that have ended."""
     try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
     except OSError:
-        return ""
+        return []

@@ -67,7 +67,7 @@ def test_image_missing(user: User | None) -> None:
     with image(user) as made:
         missing = f"{made.path}/missing.cfs"
         assert_refused(
-            made, BAD, f"{missing}: cannot open the image: No such file or directory", *made.words(image=missing)
+            made, BAD, f"{missing}: image: cannot be opened: No such file or directory", *made.words(image=missing)
         )
 
 
@@ -76,14 +76,14 @@ def test_image_of_another_kind() -> None:
         fifo = f"{made.path}/fifo"
         os.mkfifo(fifo)
         for path in (made.store, fifo, "/dev/null"):
-            assert_refused(made, BAD, f"{path}: not an image: not a regular file", *made.words(image=path))
+            assert_refused(made, BAD, f"{path}: image: not a regular file", *made.words(image=path))
 
 
 @ordinary_of_root
 def test_image_forbidden() -> None:
     with image(ORDINARY) as made:
         os.chmod(made.image, 0)
-        assert_refused(made, BAD, f"{made.image}: cannot open the image: Permission denied", *made.words())
+        assert_refused(made, BAD, f"{made.image}: image: cannot be opened: Permission denied", *made.words())
 
 
 def test_image_empty() -> None:
@@ -177,7 +177,7 @@ def test_base_directory_missing_or_a_file(user: User | None) -> None:
     with image(user) as made:
         for path, reason in ((f"{made.path}/none", "No such file or directory"), (made.image, "Not a directory")):
             expected = f"{path}: base directory: {reason}; .*basedir=.*"
-            assert_refused(made, IMPOSSIBLE, expected, *made.words(f"basedir={made.store}:{path}"))
+            assert_refused(made, USAGE, expected, *made.words(f"basedir={made.store}:{path}"))
 
 
 @both_users
@@ -223,7 +223,8 @@ OPTIONS = {
     "uid=root": "uid=root: not a number from 0 to 4294967294",
     "uid=-1": "uid=-1: not a number from 0 to 4294967294",
     "gid=4294967295": "gid=4294967295: not a number from 0 to 4294967294",
-    "poll=fast": "poll=fast: not a number from 0 to 4294967294",
+    "poll=fast": "poll=fast: not a number from 0 to 10000",
+    "poll=10001": "poll=10001: not a number from 0 to 10000",
     "statfs=disk": "statfs=disk: must be store or image",
     "verity=1": ".*verity.*",
     "allow_other=yes": ".*allow_other.*",
@@ -317,8 +318,7 @@ def test_root_needs_no_fusermount() -> None:
         path = made.environment["PATH"]
         without(made, "fusermount3")
         done = made.run(CFSFUSE, "mount", *made.words())
-        assert (done.returncode, done.stdout) == (0, "")
-        assert done.stderr in ("", "fusermount3: not found; a killed daemon will leave a dead mount behind\n")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         with open(made.at("file"), "rb") as file:
             assert file.read() == CONTENT
         made.environment["PATH"] = path
@@ -422,5 +422,5 @@ def test_helper_of_mount_says_the_same() -> None:
         helper = os.path.join(os.path.dirname(sys.executable), "mount.cfsfuse")
         done = made.run(helper, *made.words(image="/nowhere"))
         assert (done.returncode, done.stdout) == (BAD, "")
-        assert done.stderr == "mount.cfsfuse: /nowhere: cannot open the image: No such file or directory\n"
+        assert done.stderr == "mount.cfsfuse: /nowhere: image: cannot be opened: No such file or directory\n"
         assert made.is_clean()

@@ -95,6 +95,28 @@ def test_killed_daemon_leaves_no_mount_in_use(made: Stage) -> None:
 
 
 @both_users
+def test_the_watcher_holds_nothing_and_is_not_missed(user: User | None) -> None:
+    with image(user) as made:
+        daemon = made.mount()
+        (watcher,) = made.watchers()
+        # Nothing of the daemon's but the other end of a pipe: neither the device, which would keep the mount alive, nor
+        # a stream of ours.
+        targets = [os.readlink(f"/proc/{watcher}/fd/{fd}") for fd in os.listdir(f"/proc/{watcher}/fd")]
+        assert sorted(targets)[:2] == ["/dev/null", "/dev/null"]
+        assert [target.partition(":")[0] for target in sorted(targets)[2:]] == ["pipe"]
+        assert os.readlink(f"/proc/{watcher}/cwd") == "/"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(watcher, number)
+        assert_readable(made)
+        assert made.watchers() == [watcher]
+        os.kill(watcher, signal.SIGKILL)
+        assert_readable(made)
+        assert made.daemons() == [daemon]
+        assert made.run(CFSFUSE, "umount", made.mountpoint).returncode == 0
+        eventually(made.is_clean, "the daemon's end")
+
+
+@both_users
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_unmounts(user: User | None, number: signal.Signals) -> None:
     with image(user) as made:
@@ -170,7 +192,7 @@ def test_a_mount_in_use_is_told_so(user: User | None) -> None:
             assert_readable(made)
             assert made.run(CFSFUSE, "umount", "--lazy", made.mountpoint).returncode == 0
             assert made.mounts() == []
-            assert len(made.processes()) > 1, "the mount lives as long as its user"
+            assert len(made.daemons()) > 1, "the mount lives as long as its user"
         eventually(made.is_clean, "the daemon's end")
 
 

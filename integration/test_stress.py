@@ -246,6 +246,7 @@ def test_readers_while_objects_are_replaced_and_restored(seconds: int) -> None:
         for file in changed + left:  # all is restored
             with open(made.at(file.name), "rb") as opened:
                 assert opened.read() == file.content
+        made.unmount()  # the last lines are written after the answers, but before the daemon's end
         assert all("/changed/" in line for line in made.claim(".", len(made.log_lines())))
 
 

@@ -13,6 +13,7 @@ import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.dump import dump
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from cfsfuse.verity.digest import Algorithm
+    from cfsfuse.vfs import Vfs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(HERE, os.pardir, os.pardir, "shared")
@@ -160,6 +162,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, left)
+
+
+async def reported(vfs: Vfs) -> None:
+    """Wait until the errors of the answers so far are in the log: they are written after the answer."""
+    with trio.fail_after(10):
+        while vfs._is_reporting:  # noqa: ASYNC110 - a vfs tells nobody
+            await trio.sleep(0.001)
 
 
 def random_bytes(size: int, seed: int = 0) -> bytes:

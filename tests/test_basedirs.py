@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.basedirs import BaseDirectories
-from cfsfuse.errors import HostError, ObjectError, ObjectMissing, ObjectUnusable
+from cfsfuse.errors import ObjectError, ObjectMissing, ObjectUnusable, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ def base(tmp_path: Path) -> Path:
 def test_base_directory_that_is_none_names_the_remedy(tmp_path: Path, make: object) -> None:
     assert callable(make)
     make(tmp_path / "base")
-    with pytest.raises(HostError, match=r"base: base directory: .*basedir="):
+    with pytest.raises(UsageError, match=r"base: base directory: .*basedir="):
         BaseDirectories([str(tmp_path / "base")])
 
 
@@ -35,7 +35,7 @@ def test_descriptor_reads_exactly_and_closes_when_dropped(base: Path) -> None:
     descriptor = directories.open(b"ab/file")
     assert bytes(descriptor.read(b"ab/file", 2, 5)) == b"23456"
     assert bytes(descriptor.read(b"ab/file", 2, 0)) == b""
-    with pytest.raises(ObjectUnusable, match="ends at byte 10"):
+    with pytest.raises(ObjectUnusable, match="has nothing at byte 10"):
         descriptor.read(b"ab/file", 8, 5)
     assert b"".join(map(bytes, descriptor.chunks(b"ab/file", 10, 4))) == b"0123456789"
     fd = descriptor.fd

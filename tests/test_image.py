@@ -32,6 +32,11 @@ def super_block(name: str, value: int) -> bytes:
     return tree().patch("super block", name, value).content()
 
 
+def shortened(made: im.Made) -> bytes:
+    """Return an image without its last byte, and with a super block that claims no more blocks than are there."""
+    return made.patch("super block", "blocks", (len(made.content()) - 1) // 4096).content()[:-1]
+
+
 def header(name: str, value: int) -> bytes:
     return tree().patch("header", name, value).content()
 
@@ -90,9 +95,12 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "shorter than a super block": (lambda: tree().content()[:1151], "image"),
     "zeros": (lambda: bytes(8192), "super block magic"),
     "text": (lambda: b"#!/bin/sh\n" * 1000, "super block magic"),
-    "truncated behind the super block": (lambda: tree().content()[:1152], "inode"),
-    "truncated in the root inode": (lambda: tree().content()[:1180], "inode"),
-    "truncated in the data": (lambda: tree(entry=im.file(b"x" * 8192)).content()[:-1], "raw_blkaddr"),
+    "truncated behind the super block": (lambda: tree().content()[:1152], "blocks"),
+    "truncated in the root inode": (lambda: tree().content()[:1180], "blocks"),
+    "truncated in the data": (lambda: tree(entry=im.file(b"x" * 8192)).content()[:-1], "blocks"),
+    "ends behind the super block": (lambda: super_block("blocks", 0)[:1152], "inode"),
+    "ends in the root inode": (lambda: super_block("blocks", 0)[:1180], "inode"),
+    "ends in the data": (lambda: shortened(tree(entry=im.file(b"x" * 8192))), "raw_blkaddr"),
     "bad EROFS magic": (lambda: super_block("magic", 0xE0F5E1E3), "super block magic"),
     "blocks of 512 bytes": (lambda: super_block("blkszbits", 9), "blkszbits"),
     "blocks of 64 KiB": (lambda: super_block("blkszbits", 16), "blkszbits"),

@@ -11,7 +11,7 @@ from cfsfuse.dump import dump
 from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import ImageDigestMismatch, ImageError
 from cfsfuse.imagefile import open_image
-from cfsfuse.verity.digest import ALGORITHMS, SHA256
+from cfsfuse.verity.digest import ALGORITHMS
 from cfsfuse.verity.merkle import content_digest
 from tests.support import reader_of, sample, time_limit
 
@@ -100,11 +100,14 @@ def test_error_inside_the_image_names_file_field_and_offset(path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: blkszbits at byte 1036: 9")
 
 
-def test_digest_is_checked_before_anything_is_parsed(path: Path) -> None:
-    path.write_bytes(b"not an image at all")
+def test_digest_is_checked_before_more_than_the_super_block_is_parsed(path: Path) -> None:
+    content = sample().content()
+    path.write_bytes(content[:1152].ljust(len(content), b"\xff"))
     with pytest.raises(ImageDigestMismatch):
         open_image(str(path), "0" * 64)
-    assert content_digest(SHA256, b"not an image at all").hex() != "0" * 64
+    path.write_bytes(b"not an image at all")
+    with pytest.raises(ImageError, match="too few for an EROFS super block"):
+        open_image(str(path), "0" * 64)
 
 
 def test_no_descriptor_stays_open(path: Path) -> None:

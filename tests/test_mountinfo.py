@@ -35,9 +35,9 @@ def mountinfo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_topmost_mount_of_a_path(mountinfo: None) -> None:
-    assert mount_at("/") == Mount("/", "ext4", "/dev/vda")
-    assert mount_at("/mnt") == Mount("/mnt", "tmpfs", "tmpfs")
-    assert mount_at("/with space\\and\nline") == Mount("/with space\\and\nline", "fuse.cfsfuse", "/i m.cfs")
+    assert mount_at("/") == Mount("/", "ext4", "/dev/vda", "254:0")
+    assert mount_at("/mnt") == Mount("/mnt", "tmpfs", "tmpfs", "0:30")
+    assert mount_at("/with space\\and\nline") == Mount("/with space\\and\nline", "fuse.cfsfuse", "/i m.cfs", "0:29")
     assert mount_at("/mnt/below") is not None
     for path in ("/m", "/mnt/", "/mnt/none", ""):
         assert mount_at(path) is None

@@ -42,7 +42,7 @@ def test_one_slow_read_is_enough_to_be_slow_again(take: Callable[[Pace, float, i
     assert not pace.is_fast
 
 
-def test_reads_that_fail_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_that_fail_say_nothing_about_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pace()
     pace._average = 0.0
     clock = iter((0.0, 1.0))
@@ -53,4 +53,10 @@ def test_reads_that_fail_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="gone"):
         pace.timed(fail)
+    assert pace.is_fast
+
+
+def test_where_a_server_may_hang_no_read_is_fast(take: Callable[[Pace, float, int], None]) -> None:
+    pace = Pace(may_be_fast=False)
+    take(pace, 200e-6, 100)
     assert not pace.is_fast

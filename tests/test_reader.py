@@ -67,6 +67,17 @@ def test_path_of_a_node_leads_to_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
+def test_paths_of_many_nodes_are_those_of_each(name: str) -> None:
+    reader = reader_for(name)
+    nids = {inode.nid for _, inode in list(reader.walk())[::13]}
+    absent = Nid(reader.root.nid + 1)
+    found = reader.paths_of({*nids, absent})
+    assert found.keys() == nids
+    assert all(reader.resolve(path).nid == nid for nid, path in found.items())
+    assert reader.paths_of(set()) == {}
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_sizes_are_those_of_contents(name: str) -> None:
     reader = reader_for(name)
     for _, inode in reader.walk():

@@ -24,7 +24,7 @@ BLOCK = 4096
 BLOCKS = 128 * 3  # three groups that a hash block covers, and a top block over them
 CONTENT = random_bytes(BLOCKS * BLOCK - 7)
 RECORDED, CACHED = "recorded", "cached"
-DAMAGED = "ignored and computed anew"
+DAMAGED = "it is ignored"
 
 
 @pytest.fixture

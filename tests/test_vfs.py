@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -13,17 +13,20 @@ import trio.testing
 
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import CfsError, DigestMismatch, ImageError, ObjectMissing, ObjectUnusable
-from cfsfuse.objects import Verification
+from cfsfuse.objects import WHOLE_FILE_MAX, Verification
 from cfsfuse.tree import External
+from cfsfuse.trees import TreeNeeded
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
 from cfsfuse.vfs import Vfs
 from tests import imagemaker as im
-from tests.support import Store, flip, random_bytes, reader_of, sample
+from tests.support import Store, flip, random_bytes, reader_of, reported, sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from cfsfuse.erofs.image import Nid
 
 LARGE = random_bytes((1 << 20) + 5000)
 SMALL = random_bytes(9000)
@@ -61,6 +64,9 @@ class Mounted:
     async def read(self, path: bytes, offset: int = 0, length: int = 1 << 30) -> bytes:
         return bytes(await self.vfs.read(self.nid(path), offset, length))
 
+    async def open(self, path: bytes) -> None:
+        await self.vfs.open(self.nid(path))
+
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Mounted:
@@ -77,7 +83,7 @@ async def test_every_kind_of_file_reads(mounted: Mounted) -> None:
         b"empty": b"",
         b"sparse": bytes(10_000),
     }.items():
-        await mounted.vfs.open(mounted.nid(path))
+        await mounted.open(path)
         assert await mounted.read(path) == content
         size = len(content)
         for offset, length in ((0, 1), (1, 5), (3, 4096), (size - 1, 10), (size, 1), (size + 1, 10), (1 << 62, 10)):
@@ -94,7 +100,7 @@ async def test_trap_inline_reads_mind_offset_and_end(mounted: Mounted) -> None:
 
 async def test_trap_empty_file_opens_without_an_object(tmp_path: Path) -> None:
     mounted = Mounted(tmp_path, Verification.REQUIRED)
-    await mounted.vfs.open(mounted.nid(b"empty"))
+    await mounted.open(b"empty")
     assert await mounted.read(b"empty") == b""
 
 
@@ -112,7 +118,8 @@ async def test_error_is_reported_once_with_the_path(
 ) -> None:
     for _ in range(3):
         with pytest.raises(kind):
-            await mounted.vfs.open(mounted.nid(path))
+            await mounted.open(path)
+        await reported(mounted.vfs)
     (message,) = claim("object ", 1)
     assert message.startswith(f"/{path.decode()}: object ")
     assert mounted.vfs.in_flight == 0
@@ -121,12 +128,13 @@ async def test_error_is_reported_once_with_the_path(
 async def test_mismatch_says_path_object_block_expected_and_found(
     mounted: Mounted, claim: Callable[[str, int], list[str]]
 ) -> None:
-    await mounted.vfs.open(mounted.nid(b"large"))
+    await mounted.open(b"large")
     flip(mounted.store.path("aa/large"), 20_000)
     with pytest.raises(DigestMismatch) as caught:
         await mounted.read(b"large", 16384, 8192)
     with pytest.raises(DigestMismatch):
         await mounted.read(b"large", 16384, 8192)
+    await reported(mounted.vfs)
     (message,) = claim("hash of block 4", 1)
     assert message == (
         "/large: object aa/large: hash of block 4: "
@@ -135,20 +143,46 @@ async def test_mismatch_says_path_object_block_expected_and_found(
     assert await mounted.read(b"large", 20480, 4096) == LARGE[20480:24576]
 
 
+async def test_errors_are_logged_after_the_answers_all_by_one_search(
+    mounted: Mounted, claim: Callable[[str, int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+    search = mounted.vfs.reader.paths_of
+
+    def counted(nids: set[Nid]) -> dict[Nid, bytes]:
+        searches.append(len(nids))
+        return search(nids)
+
+    monkeypatch.setattr(mounted.vfs.reader, "paths_of", counted)
+    for path in (b"missing", b"no path", b"missing"):
+        with pytest.raises(CfsError):
+            await mounted.open(path)
+    claim("object ", 0)
+    await reported(mounted.vfs)
+    claim("object ", 2)
+    assert searches == [2]
+    with pytest.raises(CfsError):
+        await mounted.open(b"missing")
+    await reported(mounted.vfs)
+    assert searches == [2]
+
+
 async def test_one_object_of_two_files_is_reported_for_each(
     mounted: Mounted, claim: Callable[[str, int], list[str]]
 ) -> None:
     flip(mounted.store.path("bb/small"), 0)
     for path in (b"small", b"dir/same"):
         with pytest.raises(DigestMismatch):
-            await mounted.vfs.open(mounted.nid(path))
+            await mounted.open(path)
+    await reported(mounted.vfs)
     assert {message.split(":")[0] for message in claim("fs-verity digest", 2)} == {"/small", "/dir/same"}
 
 
 async def test_verity_required_fails_at_open(tmp_path: Path, claim: Callable[[str, int], list[str]]) -> None:
     mounted = Mounted(tmp_path, Verification.REQUIRED)
     with pytest.raises(ObjectUnusable):
-        await mounted.vfs.open(mounted.nid(b"no digest"))
+        await mounted.open(b"no digest")
+    await reported(mounted.vfs)
     claim("verity is required", 1)
 
 
@@ -158,7 +192,7 @@ async def test_many_tasks_read_and_open_at_once(mounted: Mounted) -> None:
 
     async def work(seed: int) -> None:
         path, content = list(contents.items())[seed % 4]
-        await mounted.vfs.open(mounted.nid(path))
+        await mounted.open(path)
         offset = seed * 7919 % len(content)
         assert await mounted.read(path, offset, 70_000) == content[offset : offset + 70_000]
         done.append(seed)
@@ -173,20 +207,19 @@ async def test_many_tasks_read_and_open_at_once(mounted: Mounted) -> None:
 class SlowStore:
     """An object store that always has to wait, until it is let go."""
 
+    is_local = True
+
     def __init__(self) -> None:
         self.go = threading.Event()
         self.waiting = 0
         self.most = 0
         self.lock = threading.Lock()
 
-    def open(self, node: External, *, wait: bool = True) -> None:
-        self.read(node, 0, 0, wait=wait)
-
-    def read(self, *_: object, wait: bool = True) -> bytes:
-        assert not wait
-        raise BlockingIOError
-
-    def load(self, node: External, offset: int, length: int) -> bytes:
+    def load(self, node: External, offset: int, length: int, *, wait: bool = True, compute: bool = True) -> bytes:
+        if not wait:
+            raise BlockingIOError
+        if not compute and length == 0 and node.stat.size > WHOLE_FILE_MAX:
+            raise TreeNeeded
         with self.lock:
             self.waiting += 1
             self.most = max(self.most, self.waiting)
@@ -224,10 +257,34 @@ async def test_metadata_and_inline_files_do_not_wait_for_disks(mounted: Mounted,
     assert 0 < slow.most <= 16
 
 
+async def test_a_fast_disk_is_waited_for_in_place(mounted: Mounted, slow: SlowStore) -> None:
+    slow.go.set()
+    mounted.vfs._pace._average = 0.0
+    waiting: list[int] = []
+    load = slow.load
+
+    def noting(*arguments: Any, wait: bool = True, compute: bool = True) -> bytes:  # noqa: ANN401 - as they come
+        done = load(*arguments, wait=wait, compute=compute)
+        waiting.append(threading.get_ident())
+        return done
+
+    slow.load = noting  # type: ignore[method-assign,assignment]  # called with the same arguments
+    assert await mounted.read(b"small", 0, 10) == bytes(10)
+    await mounted.open(b"small")
+    assert waiting == [threading.get_ident()] * 2
+    # Opening a large file may have to compute its tree, however fast the disk is.
+    await mounted.open(b"large")
+    assert waiting.pop() != threading.get_ident()
+    mounted.vfs._pace._average = 1.0
+    assert await mounted.read(b"small", 0, 10) == bytes(10)
+    assert waiting.pop() != threading.get_ident()
+    assert mounted.vfs.in_flight == 0
+
+
 async def test_trees_of_large_files_do_not_take_the_threads_of_reads(mounted: Mounted, slow: SlowStore) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(30):
-            nursery.start_soon(mounted.vfs.open, mounted.nid(b"large"))
+            nursery.start_soon(mounted.open, b"large")
         await trio.testing.wait_all_tasks_blocked()
         with trio.fail_after(20):
             while slow.waiting < 2:

@@ -52,11 +52,11 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
     # Opened before anything is mounted: a store below the mountpoint is the one underneath.
     directories = BaseDirectories(options.basedir)
     log = os.path.abspath(options.log) if options.log else None
-    trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
-    store = ObjectStore(directories, trees, options.verification)
 
     def serve(ready: Callable[[], None]) -> None:
         daemon.log_to(log, foreground=foreground)
+        trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
+        store = ObjectStore(directories, trees, options.verification)
         # Only the process that serves pays for the import of trio and pyfuse3.
         import trio
 
