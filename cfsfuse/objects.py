@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import functools
+import gc
 import resource
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -112,9 +113,10 @@ class ObjectStore:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            # Somebody else took the descriptors: give back all that nobody is reading from, and try once more.
+            # Give back all descriptors that nobody is reading from, also those in the tracebacks of errors; try again.
             self._descriptors.clear()
             self._trees.clear()
+            gc.collect()
             return load(key, offset, length, wait=wait)
 
     def finish(self, loaded: Loaded, offset: int, length: int) -> Bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import trio
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from cfsfuse.verity.merkle import Bytes
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _DISK_THREADS = 16
 _TREE_THREADS = 2
@@ -162,9 +164,8 @@ class Vfs:
     async def _read_object(self, nid: int, node: External, offset: int, length: int) -> Bytes:
         """Read an object; length 0 does what opening it demands."""
         try:
-            try:
-                loaded = self._store.load(node, offset, length, wait=False)
-            except BlockingIOError:
+            loaded = _unless(BlockingIOError, functools.partial(self._store.load, node, offset, length, wait=False))
+            if loaded is None:
                 loaded = await self._load_waiting(node, offset, length)
             return self._store.finish(loaded, offset, length)
         except ObjectError as error:
@@ -175,13 +176,14 @@ class Vfs:
         """Load what has to be waited for: in a thread, or here while the disk is faster than threads are."""
         load = functools.partial(self._store.load, node, offset, length)
         timed = functools.partial(self._pace.timed, functools.partial(load, compute=False))
-        try:
-            return timed() if self._pace.is_fast else await self._in_thread(timed, self._disk)
-        except TreeNeeded:
-            # That may take minutes and must not take the threads of everybody else.
-            return await self._in_thread(load, self._trees)
+        attempt = functools.partial(_unless, TreeNeeded, timed)
+        loaded = attempt() if self._pace.is_fast else await self._in_thread(attempt, self._disk)
+        if loaded is None:
+            # A tree has to be computed: that may take minutes, and must not take the threads of everybody else.
+            loaded = await self._in_thread(load, self._trees)
+        return loaded
 
-    async def _in_thread(self, load: Callable[[], Loaded], limiter: trio.CapacityLimiter) -> Loaded:
+    async def _in_thread(self, load: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         self.in_flight += 1
         try:
             # Abandoned when the mount ends: nobody is to wait for a tree, or for a disk that hangs.
@@ -220,3 +222,11 @@ class Vfs:
 def _cost(node: Node) -> int:
     content = len(node.content) if isinstance(node, Inline) else 0
     return _NODE_OVERHEAD + content + sum(map(len, node.xattrs.values()))
+
+
+def _unless(refusal: type[Exception], load: Callable[[], Loaded]) -> Loaded | None:
+    """Load, and return None for `refusal`, whose traceback must not outlive this: it holds descriptors open."""
+    try:
+        return load()
+    except refusal:
+        return None
