@@ -81,6 +81,7 @@ async def serve(operations: Operations, mountpoint: str, options: Sequence[str],
         stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle, operations.work_ahead)))
         # What exists now lives as long as the mount: no collection needs to look at it again.
         gc.freeze()
+        gc.enable()
         # Listings allocate by the thousand and hardly anything is a cycle: look for those seldom.
         gc.set_threshold(50_000)
         nursery = await stack.enter_async_context(trio.open_nursery())

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import os
 import resource
 import shutil
@@ -57,7 +58,9 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
         daemon.log_to(log, foreground=foreground)
         trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
         store = ObjectStore(directories, trees, options.verification)
-        # Only the process that serves pays for the import of trio and pyfuse3.
+        # Only the process that serves pays for the import of trio and pyfuse3. What it allocates lives on: looking for
+        # cycles in it meanwhile would take a quarter of the time. The session turns the collector on again.
+        gc.disable()
         import trio
 
         from cfsfuse.fuse import operations, session
