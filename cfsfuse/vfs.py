@@ -1,8 +1,8 @@
 """The read-only file system: the tree of a reader, the bytes of an object store. It knows nothing of pyfuse3.
 
-Metadata is in memory and never waits, so its methods are plain. What may need a disk is tried without waiting first,
-and goes to one of a bounded number of worker threads only when it would wait; the hashing comes back to the event
-loop, where it is faster than in a second thread.
+Metadata is in memory and never waits, so its methods are plain. What may need a disk is tried without waiting first;
+when it would wait, one of a bounded number of worker threads does it, unless the disk is known to be faster than that
+(`pace.py`). The hashing comes back to the event loop, where it is faster than in a second thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import trio
 
 from cfsfuse.erofs.image import Nid
 from cfsfuse.erofs.ondisk import FT_CHRDEV, FT_DIR, NAME_MAX
+from cfsfuse.erofs.reader import DOTS
 from cfsfuse.errors import ImageError, ObjectError, printable
 from cfsfuse.lru import Lru
 from cfsfuse.pace import Pace
@@ -40,7 +41,6 @@ _NODE_BUDGET = 4 << 20  # bytes
 _NODE_OVERHEAD = 1000  # bytes that a node costs besides its content and xattrs
 _REPORTS = 4096
 _LONGEST_SEARCH = 5.0  # seconds; an error is logged without its path then
-_DOTS = (b".", b"..")
 
 
 class Listing(NamedTuple):
@@ -99,10 +99,10 @@ class Vfs:
         parent = self.inode(directory)
         dirents = self.reader.block(parent, block)
         read = self.reader.inode
-        entries = [(name, parent.numbered(nid) if name in _DOTS else read(nid)) for name, nid, _ in dirents]
+        entries = [(name, parent.numbered(nid) if name in DOTS else read(nid)) for name, nid, _ in dirents]
         if any(kind == FT_CHRDEV for _, _, kind in dirents):
             entries = [entry for entry in entries if not entry[1].is_whiteout]
-        subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in _DOTS]
+        subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in DOTS]
         return Listing(entries, subdirectories, is_last=block + 1 >= self.reader.block_count(parent))
 
     def readlink(self, nid: int) -> bytes:

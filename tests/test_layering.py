@@ -18,7 +18,7 @@ PACKAGE = os.path.join(ROOT, "cfsfuse")
 # A module may import what stands above it here, and others of its own line.
 LAYERS = [
     {"errors"},
-    {"lru", "atomic", "beneath", "pace", "fstype"},
+    {"lru", "atomic", "beneath", "pace", "fstype", "privilege"},
     {"tree", "erofs", "verity"},
     {"dump", "imagefile"},
     {"basedirs", "trees", "objects"},

@@ -97,15 +97,13 @@ def base_directories(arguments: argparse.Namespace) -> list[str]:
 
 def open_store(arguments: argparse.Namespace) -> ObjectStore:
     """Return the object store that --basedir and --noverity ask for, with the cache of trees that mounts use."""
-    import platformdirs
-
     from cfsfuse.basedirs import BaseDirectories
+    from cfsfuse.mount.places import tree_cache
     from cfsfuse.objects import ObjectStore, Verification
     from cfsfuse.trees import TreeStore
 
-    paths = base_directories(arguments)
-    directories = BaseDirectories(paths)
-    trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
+    directories = BaseDirectories(base_directories(arguments))
+    trees = TreeStore(directories, tree_cache())
     return ObjectStore(directories, trees, Verification.OFF if arguments.noverity else Verification.RECORDED)
 
 

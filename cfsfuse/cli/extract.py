@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
+from cfsfuse.atomic import opened_directory
 from cfsfuse.cli import common
 from cfsfuse.erofs.reader import Room
 from cfsfuse.errors import HostError, ImageError, UsageError
@@ -72,13 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
 def extract(extraction: Extraction, inode: Inode, dest: str) -> None:
     """Make `inode`, with all below it, as `dest`; nothing stays behind when that fails."""
     parent_path, name = os.path.split(os.fsencode(os.path.abspath(dest)))
-    with _directory(parent_path) as parent:
+    with opened_directory(os.path.realpath(parent_path)) as parent:
         _check_destination(parent, name, dest, is_directory=inode.is_directory)
         temporary = b".%s.%s.tmp" % (name[:200], secrets.token_hex(8).encode())
         links = temporary + b".links"
         try:
             os.mkdir(links, 0o700, dir_fd=parent)
-            with _directory(links, parent) as extraction.links:
+            with opened_directory(links, dir_fd=parent) as extraction.links:
                 extraction.copy(inode, temporary, parent)
             if not inode.is_directory and not _exists(parent, temporary):
                 raise HostError(f"{dest}: only root may make a {common.type_name(inode.mode)}")
@@ -341,22 +342,12 @@ def _check_destination(parent: int, name: bytes, dest: str, *, is_directory: boo
             raise UsageError(f"{dest}: cannot be replaced; name a directory that is to be made")
         return
     try:
-        with _directory(name, parent) as fd:
+        with opened_directory(name, dir_fd=parent) as fd:
             is_empty = not os.listdir(fd)
     except OSError:
         is_empty = False
     if not is_directory or not is_empty:
         raise UsageError(f"{dest}: exists already; DEST must not exist, or be an empty directory for a directory")
-
-
-@contextlib.contextmanager
-def _directory(path: bytes, parent: int | None = None) -> Iterator[int]:
-    flags = _OPEN_DIRECTORY if parent is not None else os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    fd = os.open(path, flags, dir_fd=parent)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _exists(parent: int, name: bytes) -> bool:

@@ -12,7 +12,7 @@ from cfsfuse.cli.main import DONE, Parser, guard, open_standard_streams
 from cfsfuse.errors import HostError
 from cfsfuse.mount.fuse import mount
 from cfsfuse.mount.options import parse
-from cfsfuse.mount.privilege import is_privileged
+from cfsfuse.privilege import has_sys_admin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise HostError("-N: enter the mount namespace with nsenter(1), and mount there")
     options = parse(",".join(arguments.options))
     if not arguments.fake:
-        defaults = ("suid", "dev") if is_privileged() else ()
+        defaults = ("suid", "dev") if has_sys_admin() else ()
         options = dataclasses.replace(options, flags=(*defaults, *options.flags))
         mount(arguments.image, arguments.mountpoint, options, foreground=False)
     return DONE

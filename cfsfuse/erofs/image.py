@@ -24,7 +24,7 @@ class Image:
     index the buffer, because every offset and length in the image is hostile until checked.
     """
 
-    __slots__ = ("_buffer", "block_size", "header", "meta_offset", "root_nid", "size", "super_block", "xattr_offset")
+    __slots__ = ("_buffer", "header", "meta_offset", "root_nid", "size", "super_block", "xattr_offset")
 
     def __init__(self, buffer: bytes | memoryview | mmap.mmap, *, size: int | None = None) -> None:
         """Parse the super block of `buffer`; raise ImageError when it is not EROFS that we can read.
@@ -76,10 +76,6 @@ class Image:
     def block(self, address: int, length: int, field: str) -> memoryview:
         """Return the first `length` bytes of the block at `address`."""
         return self.slice(address << ondisk.BLOCK_BITS, length, field)
-
-    def inode_offset(self, nid: Nid) -> int:
-        """Return where the inode of `nid` starts, in bytes from the start of the image."""
-        return self.meta_offset + (nid << ondisk.INODE_SLOT_BITS)
 
     @property
     def has_acl(self) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.image import Image, Nid
     from cfsfuse.erofs.xattr import Xattr
 
-_DOTS = (b".", b"..")
+DOTS = (b".", b"..")
 
 
 class Room:
@@ -101,7 +101,7 @@ class Reader:
             if inode is None:
                 stack.pop()
                 base = base[: stack[-1][0]] if stack else base
-            elif name not in _DOTS:
+            elif name not in DOTS:
                 child = base + b"/" + name
                 yield child, inode
                 if inode.is_directory:
@@ -120,7 +120,7 @@ class Reader:
             at = stack.pop()
             for name, found, file_type in dirent.dirents(self.image, self._directory(self.inode(at))):
                 room.take()
-                if name in _DOTS or found in above:
+                if name in DOTS or found in above:
                     continue
                 if file_type == ondisk.FT_DIR:
                     stack.append(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-_CAP_SYS_ADMIN = 21
+from cfsfuse.privilege import has_sys_admin
+
 _WHOLE_ID_RANGE = ["0", "0", "4294967295"]
 
 
@@ -15,8 +16,6 @@ def sees_trusted(pid: int) -> bool:
         with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
             if file.read().split() != _WHOLE_ID_RANGE:
                 return False
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            effective = next(line.split()[1] for line in file if line.startswith("CapEff:"))
+        return has_sys_admin(pid)
     except (OSError, StopIteration, IndexError):
         return False  # it has ended, or is of another pid namespace
-    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)

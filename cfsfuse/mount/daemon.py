@@ -8,9 +8,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-import platformdirs
-
 from cfsfuse.errors import CfsError, HostError
+from cfsfuse.mount.places import log_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -101,7 +100,7 @@ def log_to(path: str | None, *, foreground: bool) -> None:
     else:
         try:
             if path is None:
-                path = os.path.join(platformdirs.user_log_dir("cfsfuse"), "cfsfuse.log")
+                path = log_file()
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:

@@ -13,17 +13,16 @@ import shutil
 import stat
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import HostError, UsageError, printable
 from cfsfuse.imagefile import naming, open_image
 from cfsfuse.mount import daemon
 from cfsfuse.mount.mountinfo import mount_at
-from cfsfuse.mount.privilege import is_privileged
+from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
+from cfsfuse.privilege import has_sys_admin
 from cfsfuse.trees import TreeStore
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
 
     def serve(ready: Callable[[], None]) -> None:
         daemon.log_to(log, foreground=foreground)
-        trees = TreeStore(directories, os.path.join(platformdirs.user_cache_dir("cfsfuse"), "merkle"))
+        trees = TreeStore(directories, tree_cache())
         store = ObjectStore(directories, trees, options.verification)
         # Only the process that serves pays for the import of trio and pyfuse3. What it allocates lives on: looking for
         # cycles in it meanwhile would take a quarter of the time. The session turns the collector on again.
@@ -133,14 +132,14 @@ def check_mountpoint(mountpoint: str) -> None:
         raise UsageError(f"{mountpoint}: mountpoint: {error.strerror}; create the directory first") from None
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{mountpoint}: mountpoint is not a directory")
-    if not os.access(mountpoint, os.W_OK) and not is_privileged():
+    if not os.access(mountpoint, os.W_OK) and not has_sys_admin():
         raise HostError(f"{mountpoint}: mountpoint is not writable for this user, as fusermount3 demands")
 
 
 def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
     """Return libfuse's mount options; raise HostError for what this host lacks or forbids."""
     _check_device()
-    privileged = is_privileged()
+    privileged = has_sys_admin()
     if not privileged and shutil.which("fusermount3") is None:
         raise HostError("fusermount3: not found; an ordinary user needs it to mount: install the package fuse3")
     # As root the kernel mount can be used by everybody, so can this one; an ordinary user has to ask for it.

@@ -10,7 +10,7 @@ import subprocess
 from cfsfuse.errors import HostError, UsageError
 from cfsfuse.mount.fuse import FSTYPE
 from cfsfuse.mount.mountinfo import mount_at, users
-from cfsfuse.mount.privilege import is_privileged
+from cfsfuse.privilege import has_sys_admin
 
 _MNT_DETACH = 2  # include/linux/fs.h
 _UMOUNT_NOFOLLOW = 8
@@ -27,7 +27,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UsageError(f"{mountpoint}: nothing is mounted here")
     if mounted.fstype != FSTYPE:
         raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
-    take_away = _umount2 if is_privileged() else _fusermount
+    take_away = _umount2 if has_sys_admin() else _fusermount
     if take_away(path, lazy=lazy):
         names = ", ".join(user for user in users(path) if not user.endswith(f"({os.getpid()})"))
         by = f" by {names}" if names else ""

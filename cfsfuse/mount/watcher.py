@@ -13,7 +13,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from cfsfuse.errors import HostError
-from cfsfuse.mount.privilege import is_privileged
+from cfsfuse.privilege import has_sys_admin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ shift
 @contextlib.contextmanager
 def watched(mountpoint: str) -> Iterator[Callable[[Mount], None]]:
     """Yield what tells the watcher of the mount: should this process be killed after that, it is unmounted."""
-    unmount = ["umount", "-l"] if is_privileged() else ["fusermount3", "-u", "-z"]
+    unmount = ["umount", "-l"] if has_sys_admin() else ["fusermount3", "-u", "-z"]
     escaped = "".join(f"\\{ord(letter):03o}" if letter in " \t\n\\" else letter for letter in mountpoint)
     command = ["sh", "-c", _SCRIPT, "cfsfuse-watcher", escaped, *unmount, "--", mountpoint]
     try:
