@@ -107,6 +107,44 @@ class TreeMismatch(CfsError):
         super().__init__(f"Merkle tree: hash block {index} of level {level} is wrong")
 
 
+class DumpError(CfsError):
+    """A composefs-dump(5) text is malformed; `line` and `column` count from 1, the column in bytes of the line."""
+
+    def __init__(self, line: int, column: int, field: str, reason: str) -> None:
+        self.line = line
+        self.column = column
+        self.field = field
+        self.reason = reason
+        self.file: str | None = None
+        super().__init__(line, column, field, reason)
+
+    def __str__(self) -> str:
+        prefix = "" if self.file is None else f"{self.file}: "
+        return f"{prefix}line {self.line}, column {self.column}, {self.field}: {self.reason}"
+
+
+class TreeError(CfsError):
+    """A tree holds what no image can: a file too large, too many xattrs. `path` is where in the tree."""
+
+    def __init__(self, path: bytes, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{printable(path)}: {reason}")
+
+
+class SourceError(CfsError):
+    """A file of the directory that is built from cannot be read, or has changed meanwhile. `path` is its whole path."""
+
+    def __init__(self, path: bytes, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{printable(path)}: {reason}")
+
+
+class StoreError(CfsError):
+    """The object store cannot be written."""
+
+
 def printable(path: bytes) -> str:
     """Return a path of any bytes as text that is safe to print on one line."""
     text = path.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""The nodes of a tree, frozen: what a reader gives and a builder takes, without a word about EROFS."""
+"""Nodes, and nodes in their places: what a reader gives and a builder takes, without a word about EROFS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cfsfuse.erofs.overlay import Digest
 
 
@@ -68,3 +70,22 @@ class External(Node):
 
     path: bytes | None
     digest: Digest | None
+
+
+class Entry:
+    """A node in its place; `children` are a directory's by name, and empty for everything else.
+
+    A tree is the entry of its root. It is made by filling `children`; nodes themselves do not change.
+    """
+
+    __slots__ = ("children", "node")
+
+    def __init__(self, node: Node, children: Mapping[bytes, Entry | Link] | None = None) -> None:
+        self.node = node
+        self.children: dict[bytes, Entry | Link] = dict(children or {})
+
+
+class Link(NamedTuple):
+    """A further name of a file, a hard link: `target` stands elsewhere in the same tree, and is no directory."""
+
+    target: Entry

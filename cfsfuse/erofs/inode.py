@@ -89,10 +89,10 @@ def read_inode(image: Image, nid: Nid) -> Inode:
     Listing a large tree is mostly this function: the order of its checks is that of their cost.
     """
     offset = image.meta_offset + (nid << ondisk.INODE_SLOT_BITS)
-    i_format, icount, mode, size, i_u, uid, gid, seconds, nanoseconds, nlink = image.extended_inode(offset)
+    i_format, icount, mode, size, i_u, _, uid, gid, seconds, nanoseconds, nlink = image.extended_inode(offset)
     after = offset + 64
     if not i_format & ondisk.I_FORMAT_EXTENDED:
-        i_format, icount, mode, nlink, size, i_u, uid, gid = image.unpack(ondisk.INODE_COMPACT, offset, "inode")
+        i_format, icount, mode, nlink, size, i_u, _, uid, gid = image.unpack(ondisk.INODE_COMPACT, offset, "inode")
         seconds, nanoseconds = image.super_block.build_time, image.super_block.build_time_nsec
         after = offset + 32
     layout = _LAYOUTS.get((mode & 0o170000) << 4 | i_format)

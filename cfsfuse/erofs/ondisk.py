@@ -6,6 +6,7 @@ accepted. https://docs.kernel.org/filesystems/erofs.html#on-disk-details
 
 from __future__ import annotations
 
+import stat
 import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
@@ -16,6 +17,15 @@ INODE_SLOT_BITS = 5  # a nid counts slots of 32 bytes
 NAME_MAX = 255
 FT_DIR = 2  # file_type of a dirent that names a directory
 FT_CHRDEV = 3  # likewise of a character device, and so of a whiteout
+FILE_TYPES = {
+    stat.S_IFREG: 1,
+    stat.S_IFDIR: FT_DIR,
+    stat.S_IFCHR: FT_CHRDEV,
+    stat.S_IFBLK: 4,
+    stat.S_IFIFO: 5,
+    stat.S_IFSOCK: 6,
+    stat.S_IFLNK: 7,
+}
 SYMLINK_MAX = 4095  # PATH_MAX of the kernel, less the final NUL
 
 COMPOSEFS_MAGIC = 0xD078629A
@@ -56,6 +66,7 @@ I_FORMAT_LAYOUT_SHIFT = 1
 I_FORMAT_LAYOUT_MASK = 0x07
 
 CHUNK_FORMAT_BLKBITS_MASK = 0x1F
+NULL_CHUNK = b"\xff" * 4  # EROFS_NULL_ADDR: the chunk is a hole
 
 XATTR_PREFIXES = {
     0: b"",  # composefs: the name is stored whole
@@ -66,7 +77,8 @@ XATTR_PREFIXES = {
     6: b"security.",
 }
 XATTR_FILTER_SEED = 0x25BBE08F
-FEATURE_COMPAT_XATTR_FILTER = 0x04  # of feature_compat: the name filters mean something
+FEATURE_COMPAT_MTIME = 0x02  # of feature_compat: i_mtime is an mtime; the kernel looks at neither
+FEATURE_COMPAT_XATTR_FILTER = 0x04  # likewise: the name filters mean something
 XATTR_ALIGN = 4
 
 
@@ -82,37 +94,37 @@ class ComposefsHeader(NamedTuple):
 class SuperBlock(NamedTuple):
     """`struct erofs_super_block`, 128 bytes at byte 1024. Addresses (`*_blkaddr`) count blocks."""
 
-    magic: int
-    checksum: int
-    feature_compat: int
-    blkszbits: int
-    sb_extslots: int
-    root_nid: int
-    inos: int
-    build_time: int
-    build_time_nsec: int
-    blocks: int
-    meta_blkaddr: int
-    xattr_blkaddr: int
-    uuid: bytes
-    volume_name: bytes
-    feature_incompat: int
-    available_compr_algs: int
-    extra_devices: int
-    devt_slotoff: int
-    dirblkbits: int
-    xattr_prefix_count: int
-    xattr_prefix_start: int
-    packed_nid: int
-    xattr_filter_reserved: int
+    magic: int = 0
+    checksum: int = 0
+    feature_compat: int = 0
+    blkszbits: int = 0
+    sb_extslots: int = 0
+    root_nid: int = 0
+    inos: int = 0
+    build_time: int = 0
+    build_time_nsec: int = 0
+    blocks: int = 0
+    meta_blkaddr: int = 0
+    xattr_blkaddr: int = 0
+    uuid: bytes = bytes(16)
+    volume_name: bytes = bytes(16)
+    feature_incompat: int = 0
+    available_compr_algs: int = 0
+    extra_devices: int = 0
+    devt_slotoff: int = 0
+    dirblkbits: int = 0
+    xattr_prefix_count: int = 0
+    xattr_prefix_start: int = 0
+    packed_nid: int = 0
+    xattr_filter_reserved: int = 0
 
 
 HEADER = struct.Struct("<IIII16x")
 SUPER_BLOCK = struct.Struct("<IIIBBHQqIIII16s16sIHHHBBIQB23x")
-# i_format, i_xattr_icount, i_mode, i_nlink, i_size, (i_reserved), i_u, (i_ino), i_uid, i_gid, (i_reserved2)
-INODE_COMPACT = struct.Struct("<HHHHI4xI4xHH4x")
-# i_format, i_xattr_icount, i_mode, (i_reserved), i_size, i_u, (i_ino), i_uid, i_gid, i_mtime, i_mtime_nsec, i_nlink
-INODE_EXTENDED = struct.Struct("<HHH2xQI4xIIqII16x")
+# i_format, i_xattr_icount, i_mode, i_nlink, i_size, (i_reserved), i_u, i_ino, i_uid, i_gid, (i_reserved2)
+INODE_COMPACT = struct.Struct("<HHHHI4xIIHH4x")
+# i_format, i_xattr_icount, i_mode, (i_reserved), i_size, i_u, i_ino, i_uid, i_gid, i_mtime, i_mtime_nsec, i_nlink
+INODE_EXTENDED = struct.Struct("<HHH2xQIIIIqII16x")
 # nid, nameoff, file_type, (reserved)
 DIRENT = struct.Struct("<QHBx")
 # h_name_filter, h_shared_count, (h_reserved2); then h_shared_xattrs, each an u32

@@ -22,14 +22,20 @@ ESCAPED_PREFIX = PREFIX + b"overlay."
 REDIRECT = PREFIX + b"redirect"
 METACOPY = PREFIX + b"metacopy"
 ESCAPED_WHITEOUT = ESCAPED_PREFIX + b"whiteout"
+ESCAPED_WHITEOUTS = ESCAPED_PREFIX + b"whiteouts"
+USER_WHITEOUT = b"user.overlay.whiteout"
+USER_WHITEOUTS = b"user.overlay.whiteouts"
 # What the writer adds to mark whiteouts for both kinds of overlay mounts; the author of the tree did not write these.
-_MARKS = frozenset((ESCAPED_PREFIX + b"whiteouts", b"user.overlay.whiteout", b"user.overlay.whiteouts"))
+_MARKS = frozenset((ESCAPED_WHITEOUTS, USER_WHITEOUT, USER_WHITEOUTS))
 
 # The name index 0 stores a name whole. The kernel's EROFS has no handler for it, so no mount shows such an xattr.
 _UNHANDLED_INDEX = 0
 
 DIGEST_SIZES = {1: ("sha256", 32), 2: ("sha512", 64)}
 _METACOPY_HEADER = 4
+_METACOPY_HEADS = {
+    algorithm: bytes((0, _METACOPY_HEADER + size, 0, number)) for number, (algorithm, size) in DIGEST_SIZES.items()
+}
 
 
 class Digest(NamedTuple):
@@ -67,6 +73,30 @@ def whereabouts(stored: Iterable[Xattr]) -> tuple[bytes | None, bytes]:
     """Return the values of metacopy, None when the file has its own content, and of redirect."""
     own = {name: value for name, value, _ in stored if name in (METACOPY, REDIRECT)}
     return own.get(METACOPY), own.get(REDIRECT, b"")
+
+
+ROOT_MARKS = {PREFIX + b"opaque": b"y"}
+"""What the root has: nothing of a layer below is to be seen through it."""
+
+WHITEOUT_MARKS = {ESCAPED_WHITEOUT: b"", USER_WHITEOUT: b""}
+"""What makes an empty regular file stand for a whiteout of the content, for both kinds of overlay mounts."""
+
+
+def directory_marks(version: int) -> dict[bytes, bytes]:
+    """Return what the directory of such a whiteout has, in an image of format `version`."""
+    marks = {ESCAPED_WHITEOUTS: b"", USER_WHITEOUTS: b""}
+    return marks | {ESCAPED_PREFIX + b"opaque": b"x", b"user.overlay.opaque": b"x"} if version else marks
+
+
+def external_marks(path: bytes | None, digest: Digest | None) -> dict[bytes, bytes]:
+    """Return what says where the content of a file is: the object's path, and its digest as far as it is recorded."""
+    metacopy = _METACOPY_HEADS[digest.algorithm] + digest.value if digest else b""
+    return {METACOPY: metacopy, REDIRECT: b"/" + path} if path else {METACOPY: metacopy}
+
+
+def stored_xattrs(authored: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """Return xattrs of the content under the names by which the image has them; the result is the caller's own."""
+    return {stored(name): value for name, value in authored.items()}
 
 
 def stored(shown: bytes) -> bytes:

@@ -60,13 +60,36 @@ def surely_absent(image: Image, inode: Inode, name: bytes) -> bool:
         return True
     name_filter, _ = image.unpack(ondisk.XATTR_IBODY_HEADER, inode.xattr_offset, "xattr body header")
     has_filter = image.super_block.feature_compat & ondisk.FEATURE_COMPAT_XATTR_FILTER
-    return bool(has_filter and name_filter >> _filter_bit(name) & 1)
+    return bool(has_filter and name_filter >> _stored_name(name).filter_bit & 1)
 
 
-@functools.lru_cache(maxsize=64)  # the same few names are asked for all the time
-def _filter_bit(name: bytes) -> int:
+@functools.lru_cache(maxsize=256)  # most inodes of an image have the same few names
+def name_filter(names: tuple[bytes, ...]) -> int:
+    """Return the name filter of an inode whose xattrs have these names."""
+    bits = 0xFFFFFFFF
+    for name in names:
+        bits &= ~(1 << _stored_name(name).filter_bit)
+    return bits
+
+
+def entry(name: bytes, value: bytes) -> bytes:
+    """Return an xattr as it stands in the image, padded."""
+    stored = _stored_name(name)
+    head = ondisk.XATTR_ENTRY.pack(len(stored.suffix), stored.name_index, len(value))
+    return b"".join((head, stored.suffix, value, bytes(-(len(stored.suffix) + len(value)) % ondisk.XATTR_ALIGN)))
+
+
+class _StoredName(NamedTuple):
+    name_index: int
+    suffix: bytes
+    filter_bit: int
+
+
+@functools.lru_cache(maxsize=256)  # likewise
+def _stored_name(name: bytes) -> _StoredName:
     index, prefix = next((index, prefix) for index, prefix in _LONGEST_PREFIX_FIRST if name.startswith(prefix))
-    return xxhash.xxh32_intdigest(name[len(prefix) :], ondisk.XATTR_FILTER_SEED + index) & 31
+    suffix = name[len(prefix) :]
+    return _StoredName(index, suffix, xxhash.xxh32_intdigest(suffix, ondisk.XATTR_FILTER_SEED + index) & 31)
 
 
 def _entry(image: Image, offset: int) -> tuple[Xattr, int]:
