@@ -1,4 +1,4 @@
-"""A tree as composefs-dump(5) text, to the byte as `composefs-info dump` prints it.
+"""A tree as composefs-dump(5) text, to the byte as `composefs-info dump` prints it; `parse` is the way back.
 
 One line a node: path, size, mode in octal, nlink, uid, gid, rdev, mtime, payload, content, digest, xattrs.
 https://github.com/composefs/composefs/blob/main/man/composefs-dump.md
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from cfsfuse.dumpparser import parse
 from cfsfuse.erofs.inode import NSEC_PER_SEC
 from cfsfuse.erofs.reader import path_from
 from cfsfuse.tree import External, Inline, Node, Symlink
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.reader import Reader
 
     Walk = Callable[[], Iterator[tuple[bytes, Inode]]]
+
+__all__ = ["FirstNames", "dump", "escape", "escape_listing", "line", "parse", "payload"]
 
 # Bytes that are not printed as they are: isgraph(3) of the C locale, less the backslash, and = in xattrs.
 _UNSAFE = re.compile(rb"[^!-\[\]-~]")

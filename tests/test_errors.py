@@ -21,6 +21,10 @@ EXAMPLES: list[CfsError] = [
     errors.DigestMismatch(b"aa/b", 3, b"\1", b"\2"),
     errors.DigestMismatch(b"aa/b", None, b"\1", b"\2"),
     errors.TreeMismatch(1, 2),
+    errors.DumpError(3, 14, "size", "not a number"),
+    errors.TreeError(b"/a\n", "a file too large"),
+    errors.SourceError(b"/usr/\xff", "permission denied"),
+    errors.StoreError("/store: object store: Read-only file system"),
 ]
 
 

@@ -18,9 +18,9 @@ PACKAGE = os.path.join(ROOT, "cfsfuse")
 # A module may import what stands above it here, and others of its own line.
 LAYERS = [
     {"errors"},
-    {"lru", "atomic", "beneath", "pace", "fstype", "privilege"},
+    {"lru", "atomic", "beneath", "collector", "pace", "fstype", "privilege"},
     {"tree", "erofs", "verity"},
-    {"dump", "imagefile"},
+    {"dump", "dumpparser", "imagefile"},
     {"basedirs", "trees", "objects"},
     {"vfs"},
     {"fuse"},
