@@ -165,6 +165,12 @@ class BaseDirectories:
         """Return whether all base directories are on disks of this machine, or in its memory."""
         return all(file_system_type(directory) in LOCAL for directory in self._fds)
 
+    def close(self) -> None:
+        """Let go of the directories: there are none any more."""
+        while self._fds:
+            os.close(self._fds.pop())
+        self.paths.clear()
+
     def statvfs(self) -> os.statvfs_result | None:
         """Return the statvfs of the first base directory, None when there is none."""
         return os.fstatvfs(self._fds[0]) if self._fds else None

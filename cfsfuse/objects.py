@@ -77,6 +77,14 @@ class ObjectStore:
         """Whether all objects are on disks of this machine."""
         return self._directories.are_local()
 
+    def close(self) -> None:
+        """Let go of everything that is kept, of the trees and of the base directories."""
+        self._descriptors.clear()
+        self._contents.clear()
+        self._known_good.clear()
+        self._trees.close()
+        self._directories.close()
+
     def statvfs(self) -> os.statvfs_result | None:
         """Return the statvfs of the first base directory's file system, None when there is none."""
         return self._directories.statvfs()

@@ -117,6 +117,13 @@ class TreeStore:
         self._trees.clear()
         self._damaged.clear()
 
+    def close(self) -> None:
+        """Let go of everything, the cache too."""
+        self.clear()
+        if self._cache_fd is not None:
+            os.close(self._cache_fd)
+            self._cache_fd = None
+
     def prepare(
         self, key: Key, descriptor: Descriptor, blocks: range, *, wait: bool, compute: bool
     ) -> tuple[VerifiedTree, bytes]:

@@ -12,7 +12,7 @@ import pytest
 from cfsfuse.fstype import HAS_VERITY, LOCAL, file_system_type
 from cfsfuse.verity import ioctl
 from cfsfuse.verity.digest import SHA256
-from cfsfuse.verity.ioctl import Measured, measure
+from cfsfuse.verity.ioctl import Measured, enable, measure
 from cfsfuse.verity.merkle import content_digest
 
 if TYPE_CHECKING:
@@ -65,3 +65,22 @@ def test_type_of_a_file_system() -> None:
     assert HAS_VERITY < LOCAL
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         file_system_type(-1)
+
+
+def test_what_enable_asks_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fsverity_enable_arg: version 1, SHA-256 (1), blocks of 4096 bytes, no salt, no signature."""
+    asked: list[tuple[int, int, bytes]] = []
+    monkeypatch.setattr(fcntl, "ioctl", lambda *arguments: asked.append(arguments))
+    enable(17)
+    argument = b"".join(number.to_bytes(4, "little") for number in (1, 1, 4096)).ljust(128, b"\0")
+    assert asked == [(17, 1 << 30 | 128 << 16 | ord("f") << 8 | 133, argument)]
+
+
+def test_enable_on_what_cannot_have_it() -> None:
+    read, write = os.pipe()
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTTY)):
+            enable(read)
+    finally:
+        os.close(read)
+        os.close(write)

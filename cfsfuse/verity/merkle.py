@@ -77,6 +77,8 @@ def leaf_hashes(algorithm: Algorithm, data: Bytes) -> bytes:
 def content_digest(algorithm: Algorithm, content: Bytes) -> bytes:
     """Return the fs-verity digest of `content`, which is held in memory."""
     size = len(content)
+    if 0 < size <= BLOCK_SIZE:  # most files
+        return file_digest(algorithm, size, algorithm.new(bytes(content).ljust(BLOCK_SIZE, b"\0")).digest())
     hashes = leaf_hashes(algorithm, content) if size else bytes(algorithm.size)
     while len(hashes) > algorithm.size:
         hashes = leaf_hashes(algorithm, hashes)
