@@ -201,7 +201,7 @@ def test_an_interrupt_leaves_nothing(
         os.kill(os.getpid(), number)
         yield b"more"
 
-    monkeypatch.setattr(common, "content", content)
+    monkeypatch.setattr(extract, "content", content)
     image = write_image(tmp_path / "image", {b"d": im.directory({b"f": im.file()}), b"z": im.file(b"zzzzzzzz")})
     before = signal.getsignal(signal.SIGTERM)
     result = run(capfdbinary, "extract", image, tmp_path / "dest")

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from cfsfuse.access import content, resolve
 from cfsfuse.cli import common
 from cfsfuse.errors import UsageError, printable
 
@@ -24,11 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     path = os.fsencode(arguments.path)
     store = common.open_store(arguments)
     with common.opened(arguments.image) as reader:
-        inode = common.resolve(reader, path, follow=True)
+        inode = resolve(reader, path, follow=True)
         if not inode.is_regular:
             kind = common.type_name(inode.mode)
             raise UsageError(f"{printable(path)}: is a {kind}, not a regular file")
-        pieces = common.content(store, reader.node(inode))
+        pieces = content(store, reader.node(inode))
         with common.output():
             for piece in pieces:
                 sys.stdout.buffer.write(piece)

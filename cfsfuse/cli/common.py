@@ -1,4 +1,4 @@
-"""What several verbs need: images opened with their name in errors, paths looked up, contents in steps, JSON, output.
+"""What several verbs need: images opened with their name in errors, JSON, output, an end by signal.
 
 JSON has no bytes. A name or value is text where its bytes are UTF-8; where they are not, the text has U+FFFD for what
 is wrong, and a second key with `_base64` behind its name has the exact bytes. So nothing is lost, and no program has to
@@ -11,14 +11,14 @@ import base64
 import contextlib
 import json
 import os
+import signal
 import stat
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import HostError, PathNotFound, UsageError, printable
+from cfsfuse.errors import HostError, UsageError
 from cfsfuse.imagefile import naming, open_image
-from cfsfuse.tree import External, Inline, Sparse
 
 if TYPE_CHECKING:
     import argparse
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
     from cfsfuse.erofs.inode import Inode
     from cfsfuse.objects import ObjectStore
-    from cfsfuse.tree import Node
-    from cfsfuse.verity.merkle import Bytes
-
-STEP = 1 << 20
-_LINKS_MAX = 40  # the kernel's MAXSYMLINKS
 
 _TYPE_NAMES = {
     stat.S_IFREG: "regular file",
@@ -127,51 +122,6 @@ def walk(reader: Reader, filters: list[bytes] | None) -> Iterator[tuple[bytes, I
             yield from reader.walk(b"/" + name, start=inode)
 
 
-def resolve(reader: Reader, path: bytes, *, follow: bool) -> Inode:
-    """Return the inode at `path`, as a process would see it whose root directory is the image's.
-
-    Symbolic links on the way are followed, in the last component only with `follow`; no link leads out of the image.
-    """
-    at = [reader.root]
-    pending = path.split(b"/")[::-1]
-    links = 0
-    while pending:
-        name = pending.pop()
-        if not at[-1].is_directory:
-            raise UsageError(f"{printable(path)}: not a directory on the way")
-        if name == b"..":
-            del at[max(1, len(at) - 1) :]
-        elif name not in (b"", b"."):
-            inode = reader.lookup(at[-1], name)
-            if inode is None:
-                raise PathNotFound(path)
-            if not inode.is_symlink or not (pending or follow):
-                at.append(inode)
-                continue
-            links += 1
-            if links > _LINKS_MAX:
-                raise UsageError(f"{printable(path)}: too many levels of symbolic links")
-            target = reader.readlink(inode)
-            if target.startswith(b"/"):
-                del at[1:]
-            pending += target.split(b"/")[::-1]
-    return at[-1]
-
-
-def content(store: ObjectStore, node: Node) -> Iterator[Bytes]:
-    """Yield the content of a regular file in steps of 1 MiB, verified as `store` is set to do."""
-    size = node.stat.size
-    if isinstance(node, Inline):
-        yield node.content
-    elif isinstance(node, Sparse):
-        for offset in range(0, size, STEP):
-            yield bytes(min(STEP, size - offset))
-    elif isinstance(node, External):
-        store.open(node)
-        for offset in range(0, size, STEP):
-            yield store.read(node, offset, STEP)
-
-
 @contextlib.contextmanager
 def output() -> Iterator[None]:
     """Flush standard output at the end; raise HostError when it takes no more, for the want of space for example."""
@@ -184,6 +134,23 @@ def output() -> Iterator[None]:
         # What is still buffered would fail again when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise HostError(f"standard output: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end us as an exception does, so that nothing stays behind."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        for later in before:
+            signal.signal(later, signal.SIG_IGN)  # a second one would interrupt the clearing up
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def type_name(mode: int) -> str:

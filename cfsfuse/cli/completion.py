@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import argparse
 
 _SHELLS = ("bash", "zsh", "tcsh")
-_FILES = ("IMAGE", "FILE")
-_DIRECTORIES = ("MOUNTPOINT", "DEST", "OUTDIR", "DIR[:DIR]")
+_FILES = ("IMAGE", "FILE", "SOURCE")
+_DIRECTORIES = ("MOUNTPOINT", "DEST", "OUTDIR", "DIR", "DIR[:DIR]")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,12 +11,12 @@ import contextlib
 import errno
 import os
 import secrets
-import signal
 import stat
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cfsfuse.access import content, resolve
 from cfsfuse.atomic import opened_directory
 from cfsfuse.cli import common
 from cfsfuse.erofs.reader import Room
@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     path, dest = (arguments.path, arguments.dest) if arguments.dest is not None else ("/", arguments.path)
     store = common.open_store(arguments)
     chown = not arguments.no_owner and os.geteuid() == 0
-    with common.opened(arguments.image) as reader, _terminable(), _progress() as progress:
-        inode = common.resolve(reader, os.fsencode(path), follow=False)
+    with common.opened(arguments.image) as reader, common.terminable(), _progress() as progress:
+        inode = resolve(reader, os.fsencode(path), follow=False)
         extraction = Extraction(reader, store, progress, chown=chown, with_xattrs=not arguments.no_xattrs)
         try:
             extract(extraction, inode, dest)
@@ -220,7 +220,7 @@ class Extraction:
             if isinstance(node, Sparse):
                 os.ftruncate(fd, node.stat.size)
             else:
-                for piece in common.content(self.store, node):
+                for piece in content(self.store, node):
                     _write(fd, memoryview(piece))
                     self.done.size += len(piece)
                     self.progress(self.done)
@@ -366,23 +366,6 @@ def _write(fd: int, data: memoryview) -> None:
 def _set_time(target: int | bytes, mtime_ns: int) -> None:
     follow = isinstance(target, int)  # a descriptor cannot be told not to be followed
     os.utime(target, ns=(mtime_ns, mtime_ns), follow_symlinks=follow)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end us as an exception does, so that nothing stays behind."""
-
-    def end(number: int, _frame: object) -> NoReturn:
-        for later in before:
-            signal.signal(later, signal.SIG_IGN)  # a second one would interrupt the clearing up
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from cfsfuse import __version__
 from cfsfuse.errors import (
     CfsError,
+    DumpError,
     HostError,
     ImageDigestMismatch,
     ImageError,
     ObjectError,
     PathNotFound,
+    SourceError,
+    StoreError,
+    TreeError,
     UsageError,
     printable,
 )
@@ -37,6 +41,13 @@ EXIT_CODES: dict[type[CfsError], int] = {
     ImageError: BAD,
     ImageDigestMismatch: BAD,
     ObjectError: BAD,
+    # A dump is data as an image is; and a tree that no image can hold stays so on every host.
+    DumpError: BAD,
+    TreeError: BAD,
+    # A source that may not be read, or does not hold still, and a store that takes nothing: the same command is right
+    # once that is put in order.
+    SourceError: IMPOSSIBLE,
+    StoreError: IMPOSSIBLE,
 }
 
 EXIT_CODE_TEXT = """\
@@ -44,7 +55,7 @@ exit codes:
   0  done
   1  the check failed
   2  the command line is wrong
-  3  the image or an object is bad
+  3  the image, an object or the dump is bad
   4  not possible on this host (the message says what would make it possible)
 """
 
@@ -57,6 +68,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "mk": Verb("mk", "build an image from a directory or a dump, to the byte as mkcomposefs does"),
     "mount": Verb("mount", "mount an image, every block verified"),
     "umount": Verb("umount", "unmount it again"),
     "ls": Verb("ls", "list the paths of images"),
@@ -103,7 +115,7 @@ def make_parser(verbs: Sequence[str] | None = None) -> Parser:
     """Return the parser, with the options of `verbs` only: the others' modules are not imported. None means all."""
     parser = Parser(
         prog="cfsfuse",
-        description="Mount composefs images in user space, every block verified; inspect and extract them.",
+        description="Build composefs images, mount them in user space, every block verified; inspect and extract them.",
         epilog=EXIT_CODE_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

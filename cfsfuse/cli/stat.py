@@ -9,6 +9,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from cfsfuse.access import resolve
 from cfsfuse.cli import common
 from cfsfuse.dump import escape_listing
 from cfsfuse.erofs.inode import NSEC_PER_SEC
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     path = os.fsencode(arguments.path)
     with common.opened(arguments.image) as reader:
-        inode = common.resolve(reader, path, follow=False)
+        inode = resolve(reader, path, follow=False)
         entry = Entry(path, inode, reader.node(inode))
     text = json.dumps(_document(entry), indent=2).encode() + b"\n" if arguments.json else b"".join(_lines(entry))
     with common.output():
