@@ -28,7 +28,7 @@ import pytest
 from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.verity.digest import ALGORITHMS
 from cfsfuse.verity.merkle import content_digest
-from integration import oracles
+from integration.oracles import fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,11 +76,11 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = PATIENCE)
     return value
 
 
-def require_composefs() -> oracles.Composefs:
+def require_composefs() -> fetch.Composefs:
     """Return the C tools of composefs; skip the test, by name, where they cannot be had."""
     try:
-        return oracles.composefs()
-    except oracles.OracleUnavailable as error:
+        return fetch.composefs()
+    except fetch.OracleUnavailable as error:
         pytest.skip(f"mkcomposefs: {error}")
 
 

@@ -1,6 +1,6 @@
 """The reference tools of composefs, mkcomposefs and composefs-info, from Debian packages: unpacked, not installed.
 
-`python -m integration.oracles` fetches them and prints their versions. They exist in sid only, so they come with
+`python -m integration.oracles.fetch` fetches them and prints their versions. They exist in sid only, so they come with
 sid's own C library and run through its loader. The mirror is the one that this machine's apt is set up with; what has
 been downloaded stays in $XDG_CACHE_HOME/cfsfuse-oracles.
 """
@@ -29,10 +29,15 @@ _PACKAGES = ("composefs", "libcomposefs1", "libc6", "libssl3t64", "libzstd1", "z
 _KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
 _COMPLETE = "versions"  # the file that is written last
 _APT_TIMEOUT = 120  # seconds
+_TOOL_TIMEOUT = 600  # seconds; a whole system's directory takes a minute
 
 
 class OracleUnavailable(Exception):
     """The reference tools cannot be had here; the text says why."""
+
+
+class ToolFailed(AssertionError):
+    """A reference tool ended with an error; the text is what it said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,11 @@ class Composefs:
         return [loader, "--library-path", libraries, os.path.join(self.root, "usr/bin", tool)]
 
     def _run(self, tool: str, *arguments: str, stdin: bytes = b"") -> bytes:
-        done = subprocess.run([*self.command(tool), *arguments], input=stdin, capture_output=True, check=False)
+        command = [*self.command(tool), *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=_TOOL_TIMEOUT, check=False)
         if done.returncode:
-            raise AssertionError(f"{tool} {' '.join(arguments)}: {done.stderr.decode(errors='replace')}")
+            said = done.stderr.decode(errors="replace") or f"status {done.returncode}"
+            raise ToolFailed(f"{tool} {' '.join(arguments)}: {said}")
         return done.stdout
 
     def _only(self, pattern: str) -> str:

@@ -1,0 +1,204 @@
+"""Images of random trees and random dumps are those of mkcomposefs, to the last byte; earlier finds are tried again.
+
+Each run takes other cases; it prints the seed, and CFSFUSE_SEED brings the same again. A case that fails is made small
+and kept: see `integration.oracles.compare`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cfsfuse.errors import CfsError
+from integration.mounts import SELF, needs_root, require_composefs
+from integration.oracles import builds, compare, disk, generate
+from integration.oracles.nodes import Node, Spelling, read, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from _pytest.mark import ParameterSet
+
+    from integration.oracles.fetch import Composefs
+
+QUICK_DUMPS, ALL_DUMPS = 35, 400
+QUICK_TREES, ALL_TREES = 15, 150
+QUICK_DAMAGED, ALL_DAMAGED = 5, 100
+_DAMAGED_AT_ONCE = 20
+# Of the cases so manieth are also led back from the image's dump, and mounted by the kernel.
+REPEATED_EVERY, MOUNTED_EVERY = 3, 5
+# The shorter ones more often.
+SPELLINGS = (Spelling.AS_THE_TOOL, Spelling.AS_THE_TOOL, Spelling.LITTLE, Spelling.LITTLE, Spelling.ALL)
+REFUSAL = "Numerical result out of range"
+WHITEOUT = b"trusted.overlay.whiteout"
+
+
+def cases(quick: int, all_of_them: int) -> list[int | ParameterSet]:
+    """Return the numbers of cases; those beyond `quick` are for the long run."""
+    slow = [pytest.param(number, marks=pytest.mark.slow) for number in range(quick, all_of_them)]
+    return [*range(quick), *slow]
+
+
+@pytest.fixture(scope="module")
+def seed(request: pytest.FixtureRequest) -> str:
+    """What the cases of this run come from."""
+    chosen = os.environ.get("CFSFUSE_SEED") or str(random.SystemRandom().randrange(1 << 32))
+    plugins = request.config.pluginmanager
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nrandom cases: CFSFUSE_SEED={chosen}")
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def tools() -> Composefs:
+    return require_composefs()
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[str]:
+    """A directory for trees and images; a case there costs little."""
+    with builds.scratch() as path:
+        yield path
+
+
+def generator(seed: str, kind: str, number: int) -> random.Random:
+    return random.Random(f"{seed}/{kind}/{number}")
+
+
+def random_dump(seed: str, number: int) -> tuple[list[Node], Spelling]:
+    rng = generator(seed, "dump", number)
+    return generate.dump(rng), rng.choice(SPELLINGS)
+
+
+@pytest.mark.parametrize("number", cases(QUICK_DUMPS, ALL_DUMPS))
+def test_dump(seed: str, number: int, tools: Composefs, place: str) -> None:
+    nodes, spelling = random_dump(seed, number)
+    with refusals_accounted_for():
+        compare.check_dump(tools, f"{seed}-{number}", nodes, spelling)
+        image = compare.image_of(compare.tree_of(text(nodes, spelling)))
+        builds.fsck(written(place, image))
+        if number % REPEATED_EVERY == 0:
+            repeats_itself(tools, image, nodes)
+
+
+@pytest.mark.parametrize("number", cases(QUICK_TREES, ALL_TREES))
+def test_tree(seed: str, number: int, tools: Composefs, place: str) -> None:
+    nodes = generate.tree(generator(seed, "tree", number), privileged=SELF.uid == 0)
+    with refusals_accounted_for():
+        compare.check_tree(tools, f"{seed}-{number}", nodes, place)
+
+
+@needs_root
+@pytest.mark.parametrize("number", cases(QUICK_DUMPS // MOUNTED_EVERY, ALL_DUMPS // MOUNTED_EVERY))
+def test_kernel_mounts(seed: str, number: int, place: str) -> None:
+    nodes, spelling = random_dump(seed, number)
+    # Where an owner is -1, which stands for none, the kernel gives nobody access.
+    nodes = [node._replace(uid=node.uid & 0x7FFFFFFF, gid=node.gid & 0x7FFFFFFF) for node in nodes]
+    path = written(place, compare.image_of(compare.tree_of(text(nodes, spelling))))
+    with builds.mounted_by_the_kernel(path, place) as mountpoint:
+        # Not all that a dump can say of a file is something that overlayfs can open; that is the dump's business.
+        names = {node.path[0] for node in nodes if len(node.path) == 1}
+        assert set(os.listdir(os.fsencode(mountpoint))) == names
+
+
+@contextlib.contextmanager
+def refusals_accounted_for() -> Iterator[None]:
+    """Let the reference refuse what it should not: a whiteout that has by itself an xattr by which it is marked."""
+    try:
+        yield
+    except compare.Refused as refusal:
+        if REFUSAL not in str(refusal):
+            raise
+
+
+def written(place: str, image: bytes) -> str:
+    path = os.path.join(place, "image.cfs")
+    with open(path, "wb") as file:
+        file.write(image)
+    return path
+
+
+def repeats_itself(tools: Composefs, image: bytes, nodes: list[Node]) -> None:
+    """Dump → image → dump says the same again, and the image of the dump is the reference's."""
+    first = compare.dump_of(image)
+    again = compare.image_of(compare.tree_of(first))
+    assert again == compare.reference(tools, ("--from-file", "-"), first)
+    if not moves_whiteouts(nodes):
+        assert compare.dump_of(again) == first
+
+
+def moves_whiteouts(nodes: list[Node]) -> bool:
+    """Return whether a dump tells of whiteouts that were none, or in other directories: of those it has no marks.
+
+    A file that has by itself the xattr by which an image marks a whiteout is one, from the first dump on; and what was
+    a further name of one may come first in a dump.
+    """
+    if any(name == WHITEOUT for node in nodes for name, _ in node.xattrs):
+        return True
+    has_whiteouts = any(node.kind == stat.S_IFCHR and node.rdev == 0 for node in nodes)
+    return has_whiteouts and any(node.link is not None for node in nodes)
+
+
+# Earlier finds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", compare.corpus(".dump"))
+def test_earlier_find(name: str, tools: Composefs) -> None:
+    with open(os.path.join(compare.CORPUS, name), "rb") as file:
+        difference = compare.dump_difference(tools, file.read())
+    assert difference is None, difference
+
+
+@needs_root
+@pytest.mark.parametrize("name", compare.corpus(".tree"))
+def test_earlier_find_on_disk(name: str, tools: Composefs, place: str) -> None:
+    with open(os.path.join(compare.CORPUS, name), "rb") as file:
+        nodes = read(file.read())
+    top = os.path.join(place, name)
+    disk.make(nodes, top)
+    difference = compare.tree_difference(tools, top)
+    assert difference is None, difference
+
+
+# Damaged dumps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", cases(QUICK_DAMAGED, ALL_DAMAGED))
+def test_damaged_dump(seed: str, number: int, tools: Composefs) -> None:
+    """Of a text with an error we say so, or make of it what the reference does: never anything else."""
+    rng = generator(seed, "damage", number)
+    nodes = generate.dump(rng)[:12]
+    whole = text(nodes, rng.choice(SPELLINGS))
+    for _ in range(_DAMAGED_AT_ONCE):
+        damaged = damage(rng, whole)
+        try:
+            image = compare.image_of(compare.tree_of(damaged))
+        except CfsError:
+            continue
+        try:
+            expected = compare.reference(tools, ("--from-file", "-"), damaged)
+        except compare.Refused as refusal:
+            path = compare.keep(f"{seed}-{number}-damaged.dump", damaged)
+            pytest.fail(f"taken, but not by the reference: {refusal}\nkept as {path}")
+        if image != expected:
+            path = compare.keep(f"{seed}-{number}-damaged.dump", damaged)
+            pytest.fail(f"{compare.describe(image, expected)}\nkept as {path}")
+
+
+def damage(rng: random.Random, whole: bytes) -> bytes:
+    """Return a text with something wrong in it."""
+    at = rng.randrange(len(whole))
+    length = rng.choice((0, 1, 1, 5, 100))
+    other = rng.choice(
+        (b"", b" ", b"\n", b"-", b"@", b"\\", b"\\x", b"/", b"=", b"0", b"9", b"\0", b".", b"..", b"\xff")
+    )
+    if rng.random() < 0.3:
+        lines = whole.splitlines(keepends=True)
+        rng.shuffle(lines)
+        return b"".join(lines[: rng.randint(1, len(lines))])
+    return whole[:at] + other + whole[at + length :]
