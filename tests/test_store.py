@@ -213,6 +213,7 @@ def test_an_open_file_that_changes_is_no_object(
         if at == "first":
             os.truncate(path, 10)
         yield from chunks(*arguments)  # type: ignore[arg-type]  # as they come
+        time.sleep(0.02)  # a tick of the clock that times of files come from
         path.chmod(0o600)
 
     monkeypatch.setattr(store, "chunks", change)
@@ -870,7 +871,7 @@ def check_after_kill(source: Path, base: Path) -> None:
     assert files(base) == expected
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3, 17])
+@pytest.mark.parametrize("renames", [1, 2, 17])
 def test_a_build_that_is_killed_while_it_publishes(source: Path, base: Path, renames: int) -> None:
     """All trees get their names by one rename, and then the objects by one for each directory."""
     with building(source, base, renames) as process:
