@@ -21,6 +21,7 @@ from integration.oracles.nodes import Node, Spelling, read, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from _pytest.mark import ParameterSet
 
@@ -142,6 +143,66 @@ def moves_whiteouts(nodes: list[Node]) -> bool:
         return True
     has_whiteouts = any(node.kind == stat.S_IFCHR and node.rdev == 0 for node in nodes)
     return has_whiteouts and any(node.link is not None for node in nodes)
+
+
+@pytest.mark.slow
+def test_block_addresses_of_more_than_16_bits(tools: Composefs, place: str) -> None:
+    """A map of chunks in a block at such an address keeps half of it in its inode, as the reference has it."""
+    path = os.path.join(place, "large.dump")
+    with open(path, "wb") as file:
+        file.write(b"/ 0 40755 2 0 0 0 1.0 - - -\n")
+        line = b"/%06x 4096 100644 1 0 0 0 1.0 - " + b"x" * 4096 + b" -\n"
+        file.writelines(line % number for number in range(1 << 16))
+        file.write(b"/z %d 100644 1 0 0 0 1.0 - - -\n" % (1 << 53))
+    arguments = ("--from-file", "--print-digest-only", path)
+    assert builds.mk(*arguments).out == tools.mkcomposefs(*arguments)
+
+
+# The cases themselves ------------------------------------------------------------------------------------------------
+
+
+def test_dumps_have_everything() -> None:
+    """What the comparisons prove is bounded by what is in the cases."""
+    nodes = [node for number in range(60) for node in random_dump("everything", number)[0]]
+    kinds = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
+    assert {node.kind for node in nodes} == kinds
+    assert any(node.kind == stat.S_IFCHR and not node.rdev and len(node.path) == 1 for node in nodes)
+    assert {len(node.path[-1]) for node in nodes if node.path} >= {1, 255}
+    assert {byte for node in nodes for name in node.path for byte in name} == set(range(1, 256)) - {ord("/")}
+    names = {name for node in nodes for name, _ in node.xattrs}
+    spaces = (b"user.", b"trusted.", b"security.", b"system.posix_acl_access", b"system.posix_acl_default", b"btrfs.x")
+    assert all(any(name.startswith(space) for name in names) for space in (*spaces, b"trusted.overlay.overlay."))
+    assert max(len(node.xattrs) for node in nodes) > 128
+    assert max(sum(map(len, (*dict(node.xattrs), *dict(node.xattrs).values()))) for node in nodes) > 32_000
+    assert max(node.size for node in nodes if node.kind == stat.S_IFREG) == 1 << 53
+    assert {len(node.content) for node in nodes if node.content is not None} >= {0, 1, 64, 65, 4096, 5000}
+    assert {len(node.payload or b"") for node in nodes if node.kind == stat.S_IFLNK and not node.link} >= {1, 4095}
+    for field in ("nlink", "uid", "gid"):
+        assert {65535, 65536, 2**32 - 1} <= {getattr(node, field) for node in nodes}
+    assert min(node.seconds for node in nodes) < -(2**32) < 2**62 < max(node.seconds for node in nodes)
+    places = {node.path: at for at, node in enumerate(nodes)}
+    assert {places[node.link] < places[node.path] for node in nodes if node.link in places} == {True, False}
+
+
+def test_difference_is_found_and_kept_and_made_small(
+    tools: Composefs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [Node((), 0o40755), *(Node((b"%03d" % number,), 0o100644, nlink=number) for number in range(100))]
+    nodes[70] = nodes[70]._replace(xattrs=((b"user.wrong", b"x" * 100), (b"user.right", b"")))
+    image_of = compare.image_of
+    monkeypatch.setattr(compare, "image_of", lambda *made: image_of(*made).replace(b"wrong", b"WRONG"))
+    monkeypatch.setattr(compare, "FAILURES", str(tmp_path))
+    with pytest.raises(AssertionError, match=r"(?s)user.WRONG.* instead of .*user.wrong.*with 2 of its 101 nodes"):
+        compare.check_dump(tools, "planted", nodes, Spelling.AS_THE_TOOL)
+    assert (tmp_path / "planted.dump").read_bytes() == text(nodes)
+    small = b"/ 0 40755 1 0 0 0 0.0 - - -\n/x 0 100644 1 0 0 0 0.0 - - - user.wrong=\n"
+    assert (tmp_path / "small-planted.dump").read_bytes() == small
+
+
+def test_kept_text_is_read_again() -> None:
+    for number in range(5):
+        nodes, spelling = random_dump("again", number)
+        assert read(text(nodes, spelling)) == nodes
 
 
 # Earlier finds -------------------------------------------------------------------------------------------------------

@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 INLINE_MAX = 5000  # bytes of content in an image; more has to be an object
 
 _SHARED_MAX = 128  # references to shared xattrs in one inode
+# Limits of the reference for what the author of a tree gives an inode, under the names that the author gave: what
+# `overlay.py` adds comes on top. The bytes are counted generously.
 _XATTR_NAME_MAX = 255
-_XATTRS_MAX = 32767  # bytes of an inode's xattrs, as the reference counts them: generously
+_XATTRS_MAX = 32767
 _SLOT = 1 << ondisk.INODE_SLOT_BITS
 _PIECE = 1 << 18  # bytes that `Layout.pieces` yields at a time, at least
 _DOTS = (b".", b"..")
@@ -216,6 +218,7 @@ class _Inode:
         self.mode, self.nlink, self._uid, self._gid, self.rdev, self.size, self.mtime_ns = node.stat
         self._check(node)
         self.file_type = ondisk.FILE_TYPES[self.mode & 0o170000]
+        self._check_xattrs(node.xattrs)
         self.xattrs = overlay.stored_xattrs(node.xattrs)
         self.contents = self._contents_of(node)
         self.children = {} if self.is_directory else _NO_CHILDREN
@@ -226,6 +229,15 @@ class _Inode:
         small = self.nlink | self.rdev | self._uid | self._gid
         if small >> 32 or self.size >> 64 or self.mtime_ns // NSEC_PER_SEC + _2_63 >> 64:
             raise self.error(f"a number does not fit in an inode: {node.stat}")
+
+    def _check_xattrs(self, xattrs: dict[bytes, bytes]) -> None:
+        weight = ondisk.XATTR_IBODY_HEADER.size
+        for name, value in xattrs.items():
+            if not 0 < len(name) <= _XATTR_NAME_MAX or b"\0" in name:
+                raise self.error(f"an xattr's name has 1 to {_XATTR_NAME_MAX} bytes, and no NUL: {printable(name)}")
+            weight += 2 * ondisk.XATTR_ENTRY.size - 1 + len(name) + len(value)
+        if weight > _XATTRS_MAX:
+            raise self.error(f"xattrs of {weight} bytes; an image takes {_XATTRS_MAX}")
 
     def _contents_of(self, node: Node) -> Nothing:
         if isinstance(node, External | Sparse) and self.size:
@@ -279,14 +291,7 @@ class _Inode:
         return TreeError(self.path(), reason)
 
     def sorted_xattrs(self) -> list[_Xattr]:
-        """Return the xattrs, now that all are known, in their order; raise TreeError when an image takes no more."""
-        weight = ondisk.XATTR_IBODY_HEADER.size
-        for name, value in self.xattrs.items():
-            if not 0 < len(name) <= _XATTR_NAME_MAX or b"\0" in name:
-                raise self.error(f"an xattr's name has 1 to {_XATTR_NAME_MAX} bytes, and no NUL: {printable(name)}")
-            weight += 2 * ondisk.XATTR_ENTRY.size - 1 + len(name) + len(value)
-        if weight > _XATTRS_MAX:
-            raise self.error(f"xattrs of {weight} bytes; an image takes {_XATTRS_MAX}")
+        """Return the xattrs, now that all are known, in their order."""
         self._sorted_xattrs = sorted(self.xattrs.items())
         self.xattrs = _NO_XATTRS
         return self._sorted_xattrs
