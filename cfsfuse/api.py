@@ -15,23 +15,24 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
-from cfsfuse import access, mkimage
+from cfsfuse import access
 from cfsfuse.basedirs import BaseDirectories
-from cfsfuse.builder import Options, Progress, Xattrs
+from cfsfuse.builder import image as builder
+from cfsfuse.builder.hashing import INLINE_MAX
+from cfsfuse.builder.image import Built, Job
+from cfsfuse.builder.scan import Options, Progress, Xattrs
+from cfsfuse.builder.store import StoreWriter, object_path
 from cfsfuse.dump import dump as dump_image
 from cfsfuse.dump import line
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.erofs.reader import DOTS, Reader
 from cfsfuse.erofs.writer import DEFAULT_VERSIONS, Versions
 from cfsfuse.errors import CfsError, HostError, UsageError, printable
-from cfsfuse.hashing import INLINE_MAX
 from cfsfuse.imagefile import naming
 from cfsfuse.imagefile import open_image as read_image_file
-from cfsfuse.mkimage import Built, Job
 from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.unmount import unmount
 from cfsfuse.objects import ObjectStore, Verification
-from cfsfuse.store import StoreWriter, object_path
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Node, Sparse, Stat, Symlink
 from cfsfuse.trees import TreeStore
 from cfsfuse.verity.digest import ALGORITHMS, SHA256
@@ -238,12 +239,12 @@ def build(  # noqa: PLR0913 - all but the first two are by name
     if isinstance(source, Entry):
         if store is not None and not isinstance(store, StoreWriter):
             raise UsageError("store: a tree has its contents in a StoreWriter; a path is for building from a directory")
-        return mkimage.from_tree(source, name, versions, store)
+        return builder.from_tree(source, name, versions, store)
     if isinstance(store, StoreWriter):
         raise UsageError("store: a directory is built into a store by its path; a StoreWriter is for a tree")
     store_path = None if store is None else os.fsdecode(store)
     job = Job(os.fsdecode(source), name, store_path, options, versions, trees, verify_existing)
-    return mkimage.from_directory(job, report)
+    return builder.from_directory(job, report)
 
 
 class Attributes(TypedDict, total=False):
@@ -328,7 +329,7 @@ def _common(mode: int, attributes: Attributes, **fields: int) -> tuple[Stat, dic
 
 def parse_dump(dump: BinaryIO | bytes, name: str = "dump") -> Entry:
     """Return the tree that a composefs-dump(5) describes; raise DumpError, which says where `name` is malformed."""
-    return mkimage.read_dump(io.BytesIO(dump) if isinstance(dump, bytes) else dump, name)
+    return builder.read_dump(io.BytesIO(dump) if isinstance(dump, bytes) else dump, name)
 
 
 def walk(root: Entry) -> Iterator[tuple[bytes, Entry | Link]]:

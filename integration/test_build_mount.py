@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cfsfuse.builder import Options, scan
+from cfsfuse.builder.scan import Options, scan
 from integration import contract
 from integration.mounts import needs_root, require_composefs
 from integration.oracles import builds, compare, disk, generate

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cfsfuse import builder, contents, hashing
-from cfsfuse.builder import Options, Progress, Xattrs, scan
-from cfsfuse.contents import Contents
+from cfsfuse.builder import contents, hashing
+from cfsfuse.builder import scan as builder
+from cfsfuse.builder.contents import Contents
+from cfsfuse.builder.hashing import Hasher
+from cfsfuse.builder.scan import Options, Progress, Xattrs, scan
 from cfsfuse.errors import HostError, SourceError, UsageError
-from cfsfuse.hashing import Hasher
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Symlink
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
@@ -594,8 +595,9 @@ def run(source: Path, code: str, *, drop: bool = True) -> subprocess.CompletedPr
     script = (
         "import os, sys\n"
         "sys.path.insert(0, sys.argv[2])\n"
-        "from cfsfuse import builder, contents, errors, hashing, staging, store, workers\n"
-        "from cfsfuse.builder import *\n"
+        "from cfsfuse import errors\n"
+        "from cfsfuse.builder import contents, hashing, scan as builder, staging, store, workers\n"
+        "from cfsfuse.builder.scan import *\n"
         "source = sys.argv[1]\n"
         f"if {drop} and os.geteuid() == 0:\n"
         "    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"

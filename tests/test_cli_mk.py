@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cfsfuse import mkimage
-from cfsfuse.builder import Progress
+from cfsfuse.builder import image as builder
+from cfsfuse.builder.scan import Progress
 from cfsfuse.cli import mk
 from cfsfuse.imagefile import open_image
 from cfsfuse.verity.digest import SHA256
@@ -390,7 +390,7 @@ def test_an_interrupt_leaves_nothing(
         os.kill(os.getpid(), number)
 
     # When all objects are staged, and none is published.
-    monkeypatch.setattr(mkimage, "lay_out", interrupted)
+    monkeypatch.setattr(builder, "lay_out", interrupted)
     result = run(capfdbinary, "mk", "--digest-store", tmp_path / "objects", tree, tmp_path / "image")
     assert (result.code, result.out) == (128 + number, b"")
     assert result.err.count("\n") == 0

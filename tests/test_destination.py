@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cfsfuse.destination import NewFile, Nowhere, Stream, destination
+from cfsfuse.builder.destination import NewFile, Nowhere, Stream, destination
 from cfsfuse.errors import HostError, UsageError
 
 if TYPE_CHECKING:

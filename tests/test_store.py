@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cfsfuse import contents, hashing, staging, store
-from cfsfuse.builder import Options, scan
+from cfsfuse.builder import contents, hashing, staging, store
+from cfsfuse.builder.hashing import Hasher
+from cfsfuse.builder.scan import Options, scan
+from cfsfuse.builder.staging import Staging
+from cfsfuse.builder.store import StoreWriter, Summary
 from cfsfuse.errors import SourceError, StoreError
-from cfsfuse.hashing import Hasher
 from cfsfuse.objects import WHOLE_FILE_MAX
-from cfsfuse.staging import Staging
-from cfsfuse.store import StoreWriter, Summary
 from cfsfuse.verity import ioctl
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
@@ -832,9 +832,9 @@ def test_staging_directories_that_never_stay(base: Path, monkeypatch: pytest.Mon
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from cfsfuse import contents
-from cfsfuse.builder import Options, scan
-from cfsfuse.store import StoreWriter
+from cfsfuse.builder import contents
+from cfsfuse.builder.scan import Options, scan
+from cfsfuse.builder.store import StoreWriter
 contents._WORTH_WORKERS = 0
 rename, left = os.rename, int(sys.argv[4])
 def killing(*arguments, **more):

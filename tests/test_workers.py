@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cfsfuse.builder.workers import Answer, Workers
 from cfsfuse.errors import HostError
-from cfsfuse.workers import Answer, Workers
 from tests.support import HERE, time_limit
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def test_workers_are_started_as_there_is_work(monkeypatch: pytest.MonkeyPatch) -
 def test_workers_die_with_their_parent() -> None:
     script = (
         "import os, time\n"
-        "from cfsfuse.workers import Workers\n"
+        "from cfsfuse.builder.workers import Workers\n"
         "def work(job, note):\n"
         "    note(os.getpid())\n"
         "    while True: pass\n"

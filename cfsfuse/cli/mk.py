@@ -9,20 +9,20 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from cfsfuse.builder import Options, Xattrs
+from cfsfuse.builder.destination import STANDARD_OUTPUT
+from cfsfuse.builder.image import Job, count, from_directory, from_tree, read_dump
+from cfsfuse.builder.scan import Options, Xattrs
 from cfsfuse.cli import common
-from cfsfuse.destination import STANDARD_OUTPUT
 from cfsfuse.erofs.writer import Versions
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.mkimage import Job, count, from_directory, from_tree, read_dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import BinaryIO
 
-    from cfsfuse.builder import Progress
-    from cfsfuse.mkimage import Built, Report
-    from cfsfuse.store import Summary
+    from cfsfuse.builder.image import Built, Report
+    from cfsfuse.builder.scan import Progress
+    from cfsfuse.builder.store import Summary
 
 _EPILOG = """\
 The image is the same, to the last byte, as mkcomposefs 1.0.8 makes from the same source by the same options. It appears

@@ -14,7 +14,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from cfsfuse.builder import Options, Xattrs, scan
+from cfsfuse.builder.scan import Options, Xattrs, scan
 from cfsfuse.dump import dump, parse
 from cfsfuse.erofs.image import Image
 from cfsfuse.erofs.reader import Reader

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from cfsfuse.contents import Contents, Progress
+from cfsfuse.builder.contents import Contents, Progress
+from cfsfuse.builder.hashing import NO_XATTRS, Changed, Opener, read_xattrs, reason
 from cfsfuse.errors import HostError, SourceError, UsageError
-from cfsfuse.hashing import NO_XATTRS, Changed, Opener, read_xattrs, reason
 from cfsfuse.tree import Device, Directory, Entry, Inline, Link, Sparse, Stat, Symlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.store import StoreWriter
+    from cfsfuse.builder.store import StoreWriter
     from cfsfuse.tree import Node
 
 __all__ = ["Options", "Progress", "Xattrs", "scan"]

@@ -12,21 +12,21 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
+from cfsfuse.builder.hashing import INLINE_MAX, NO_XATTRS, Hasher
+from cfsfuse.builder.store import object_path
+from cfsfuse.builder.workers import Workers
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import SourceError, StoreError
-from cfsfuse.hashing import INLINE_MAX, NO_XATTRS, Hasher
 from cfsfuse.objects import WHOLE_FILE_MAX
-from cfsfuse.store import object_path
 from cfsfuse.tree import External, Inline
 from cfsfuse.verity.digest import SHA256
-from cfsfuse.workers import Workers
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from cfsfuse.hashing import Batch, Expected, Outcome
-    from cfsfuse.store import StoreWriter
+    from cfsfuse.builder.hashing import Batch, Expected, Outcome
+    from cfsfuse.builder.store import StoreWriter
     from cfsfuse.tree import Entry, Stat
 
 _BATCH_FILES = 128

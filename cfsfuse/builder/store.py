@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Self
 
 from cfsfuse.basedirs import RECORDED_TREES
 from cfsfuse.beneath import open_beneath
+from cfsfuse.builder.hashing import Changed, chunks, measure_file, reason
+from cfsfuse.builder.staging import TREES, Staging, is_directory, store_error, store_errors
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import SourceError
-from cfsfuse.hashing import Changed, chunks, measure_file, reason
 from cfsfuse.objects import WHOLE_FILE_MAX
-from cfsfuse.staging import TREES, Staging, is_directory, store_error, store_errors
 from cfsfuse.verity import ioctl
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import Geometry, content_digest

@@ -18,7 +18,7 @@ from cfsfuse.verity.merkle import Geometry, build, content_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.store import Stager
+    from cfsfuse.builder.store import Stager
     from cfsfuse.verity.merkle import WriteTree
 
 INLINE_MAX = 64  # bytes; the builder of the reference inlines as much

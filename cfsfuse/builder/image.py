@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse import collector
-from cfsfuse.builder import Options, scan
-from cfsfuse.destination import STANDARD_OUTPUT, destination
+from cfsfuse.builder.destination import STANDARD_OUTPUT, destination
+from cfsfuse.builder.scan import Options, scan
+from cfsfuse.builder.store import StoreWriter
 from cfsfuse.dumpparser import parse
 from cfsfuse.erofs.writer import DEFAULT_VERSIONS, Versions, lay_out
 from cfsfuse.errors import DumpError, HostError, SourceError, UsageError
-from cfsfuse.store import StoreWriter
 from cfsfuse.tree import Link
 from cfsfuse.verity.digest import BLOCK_SIZE, SHA256, file_digest
 from cfsfuse.verity.merkle import Geometry, build
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
-    from cfsfuse.builder import Progress
-    from cfsfuse.destination import Destination, Write
+    from cfsfuse.builder.destination import Destination, Write
+    from cfsfuse.builder.scan import Progress
+    from cfsfuse.builder.store import Summary
     from cfsfuse.erofs.writer import Layout
-    from cfsfuse.store import Summary
     from cfsfuse.tree import Entry
 
     Report = Callable[[Progress], None]
