@@ -6,7 +6,7 @@ python := .venv/bin/python
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
 
-demo:  ## mount a real image, read it, corrupt an object, see what happens
+demo:  ## build an image, mount it, damage an object, see what happens
 	@.ci/setup run
 	@integration/demo.sh
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from cfsfuse.basedirs import Descriptor
 from cfsfuse.errors import ObjectError, PathNotFound, UsageError, printable
 from cfsfuse.tree import External, Inline, Sparse
-from cfsfuse.verity.digest import SHA256, file_digest
+from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.ioctl import measure
-from cfsfuse.verity.merkle import Geometry, build
+from cfsfuse.verity.merkle import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cfsfuse.verity.merkle import Bytes
 
 STEP = 1 << 20
-_LINKS_MAX = 40  # the kernel's MAXSYMLINKS
+LINKS_MAX = 40  # the kernel's MAXSYMLINKS
 
 
 def resolve(reader: Reader, path: bytes, *, follow: bool) -> Inode:
@@ -49,7 +49,7 @@ def resolve(reader: Reader, path: bytes, *, follow: bool) -> Inode:
                 at.append(inode)
                 continue
             links += 1
-            if links > _LINKS_MAX:
+            if links > LINKS_MAX:
                 raise UsageError(f"{printable(path)}: too many levels of symbolic links")
             target = reader.readlink(inode)
             if target.startswith(b"/"):
@@ -85,7 +85,7 @@ def measure_file(path: str, algorithm: Algorithm = SHA256) -> bytes:
         if known is not None and known.algorithm == algorithm.name:
             return known.value
         size = descriptor.signature.st_size
-        return file_digest(algorithm, size, build(Geometry(algorithm, size), descriptor.chunks(name, size)))
+        return digest_of(algorithm, size, descriptor.chunks(name, size))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ObjectError as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict
 from cfsfuse import access
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.builder import image as builder
-from cfsfuse.builder.hashing import INLINE_MAX
+from cfsfuse.builder.hashing import INLINE_MAX, Changed, reason
 from cfsfuse.builder.image import Built, Job
 from cfsfuse.builder.scan import Options, Progress, Xattrs
 from cfsfuse.builder.store import StoreWriter, object_path
@@ -27,7 +27,7 @@ from cfsfuse.dump import line
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.erofs.reader import DOTS, Reader
 from cfsfuse.erofs.writer import DEFAULT_VERSIONS, Versions
-from cfsfuse.errors import CfsError, HostError, UsageError, printable
+from cfsfuse.errors import CfsError, HostError, SourceError, TreeError, UsageError, printable
 from cfsfuse.imagefile import naming
 from cfsfuse.imagefile import open_image as read_image_file
 from cfsfuse.mount.places import tree_cache
@@ -264,13 +264,19 @@ def directory(children: Mapping[str | bytes, Entry | Link] | None = None, **attr
     return Entry(Directory(*_common(stat.S_IFDIR | 0o755, attributes, nlink=2 + below)), names)
 
 
-def file(content: bytes | BinaryIO, store: StoreWriter | None = None, **attributes: Unpack[Attributes]) -> Entry:
+def file(
+    content: bytes | bytearray | memoryview | BinaryIO,
+    store: StoreWriter | None = None,
+    **attributes: Unpack[Attributes],
+) -> Entry:
     """Return a regular file: up to 64 bytes are in the image itself, more is an object, and put into `store`.
 
-    Without a store the object has to come from elsewhere. A file that is open may be of any size, and needs a store.
+    Without a store the object has to come from elsewhere. A file that is open may be of any size, and needs a store;
+    SourceError says that it cannot be read, or changes meanwhile.
     """
-    if not isinstance(content, bytes):
+    if not isinstance(content, bytes | bytearray | memoryview):
         return _open_file(content, store, attributes)
+    content = bytes(content)
     status, xattrs = _common(stat.S_IFREG | 0o644, attributes, size=len(content))
     if len(content) <= INLINE_MAX:
         return Entry(Inline(status, xattrs, content))
@@ -279,14 +285,32 @@ def file(content: bytes | BinaryIO, store: StoreWriter | None = None, **attribut
 
 
 def _open_file(content: BinaryIO, store: StoreWriter | None, attributes: Attributes) -> Entry:
-    size = os.fstat(content.fileno()).st_size
+    try:
+        fd = content.fileno()
+        before = os.fstat(fd)
+    except (AttributeError, OSError, ValueError):
+        raise UsageError("content: neither bytes nor an open file of this system; io.BytesIO has getvalue()") from None
+    if not stat.S_ISREG(before.st_mode):
+        raise UsageError("content: not a regular file")
+    named = getattr(content, "name", fd)
+    name = b"descriptor %d" % fd if isinstance(named, int) else os.fsencode(named)
+    size = before.st_size
     if size <= INLINE_MAX:
-        return file(os.pread(content.fileno(), size, 0), None, **attributes)
-    if store is None:
+        try:
+            entry = file(os.pread(fd, size, 0), None, **attributes)
+        except OSError as error:
+            raise SourceError(name, reason(error)) from None
+    elif store is None:
         raise UsageError("content: an open file needs a store to go to")
-    digest = store.add_file(content.fileno(), os.fsencode(str(content.name)))
-    status, xattrs = _common(stat.S_IFREG | 0o644, attributes, size=size)
-    return Entry(External(status, xattrs, object_path(digest.value), digest))
+    else:
+        digest = store.add_file(fd, name)
+        status, xattrs = _common(stat.S_IFREG | 0o644, attributes, size=size)
+        entry = Entry(External(status, xattrs, object_path(digest.value), digest))
+    after = os.fstat(fd)
+    # Its size is from here, its content from there: they belong together only when nothing has happened in between.
+    if (size, before.st_mtime_ns, before.st_ctime_ns) != (after.st_size, after.st_mtime_ns, after.st_ctime_ns):
+        raise SourceError(name, reason(Changed()))
+    return entry
 
 
 def symlink(target: str | bytes, **attributes: Unpack[Attributes]) -> Entry:
@@ -333,10 +357,18 @@ def parse_dump(dump: BinaryIO | bytes, name: str = "dump") -> Entry:
 
 
 def walk(root: Entry) -> Iterator[tuple[bytes, Entry | Link]]:
-    """Yield path and entry of everything in a tree, depth first, in the order of the names' bytes."""
+    """Yield path and entry of everything in a tree, depth first, in the order of the names' bytes.
+
+    Raises TreeError for an entry that stands in it twice, as one does that is in itself.
+    """
+    met: set[Entry] = set()
     pending: list[tuple[bytes, Entry | Link]] = [(b"/", root)]
     while pending:
         path, entry = pending.pop()
+        if isinstance(entry, Entry):
+            if entry in met:
+                raise TreeError(path, "stands in the tree twice; a further name of a file is a Link")
+            met.add(entry)
         yield path, entry
         if isinstance(entry, Entry):
             base = path.rstrip(b"/")
@@ -344,14 +376,16 @@ def walk(root: Entry) -> Iterator[tuple[bytes, Entry | Link]]:
 
 
 def dump(root: Entry) -> Iterator[bytes]:
-    """Yield a tree as composefs-dump(5), a line a node, each with its newline."""
+    """Yield a tree as composefs-dump(5), a line a node, each with its newline; raise TreeError for what is none."""
     linked = {id(entry.target) for _, entry in walk(root) if isinstance(entry, Link)}
     paths = {id(entry): path for path, entry in walk(root) if id(entry) in linked}
     for path, entry in walk(root):
         if isinstance(entry, Entry):
             yield line(path, entry.node)
-        else:
+        elif id(entry.target) in paths:
             yield line(path, entry.target.node, paths[id(entry.target)])
+        else:
+            raise TreeError(path, "a hard link to what is not in the tree")
 
 
 # Mounting

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Keep the collector from running in the block.
+    """Keep the collector from running in the block: in the whole process, all its threads, for the time of a build.
 
     The objects of a growing tree live on, and are in no cycles; looking for some again and again would take as long as
     making them.

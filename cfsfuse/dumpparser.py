@@ -2,6 +2,7 @@
 
 A line is a node: 11 fields separated by single spaces, then its xattrs as KEY=VALUE. What mkcomposefs 1.0.8 accepts and
 what has one clear meaning is accepted and means the same; for everything else DumpError says where the text is wrong.
+On purpose, one thing means more: a digest of 128 digits is sha512. mkcomposefs takes its first 32 bytes for sha256.
 https://github.com/composefs/composefs/blob/main/man/composefs-dump.md
 """
 
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse import collector
 from cfsfuse.erofs.inode import NSEC_PER_SEC
+from cfsfuse.erofs.ondisk import NAME_MAX, SYMLINK_MAX
 from cfsfuse.erofs.overlay import DIGEST_SIZES, Digest
+from cfsfuse.erofs.writer import INLINE_MAX, XATTR_NAME_MAX
 from cfsfuse.errors import DumpError
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Node, Stat, Symlink
 
@@ -27,11 +30,9 @@ if TYPE_CHECKING:
 
 # Bytes of a line without its newline. The longest that makes sense has the paths of two names, thousands deep.
 LINE_MAX = 16 << 20
-# Limits of mkcomposefs, in bytes; that of all xattrs counts them as they are written, escapes and all.
-NAME_MAX = 255
-PAYLOAD_MAX = 4095
-CONTENT_MAX = 5000
-XATTR_NAME_MAX = 255
+# Limits of mkcomposefs, in bytes, beside those of images; that of all xattrs counts them as they are written, escapes
+# and all.
+PAYLOAD_MAX = SYMLINK_MAX
 XATTRS_MAX = 65535
 
 FIELDS = ("path", "size", "mode", "nlink", "uid", "gid", "rdev", "mtime", "payload", "content", "digest", "xattrs")
@@ -299,8 +300,8 @@ def _content(text: bytes, size: int) -> bytes | None:
     content = _unescaped(_CONTENT, text)
     if len(content) != size:
         raise _Malformed(_CONTENT, f"{len(content)} bytes, where size says {size}")
-    if size > CONTENT_MAX:
-        raise _Malformed(_CONTENT, f"{size} bytes; {CONTENT_MAX} are possible")
+    if size > INLINE_MAX:
+        raise _Malformed(_CONTENT, f"{size} bytes; {INLINE_MAX} are possible")
     return content
 
 

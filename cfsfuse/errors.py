@@ -129,7 +129,7 @@ class TreeError(CfsError):
     def __init__(self, path: bytes, reason: str) -> None:
         self.path = path
         self.reason = reason
-        super().__init__(f"{printable(path)}: {reason}")
+        super().__init__(f"{_shortened(printable(path))}: {_shortened(reason)}")
 
 
 class SourceError(CfsError):
@@ -143,6 +143,11 @@ class SourceError(CfsError):
 
 class StoreError(CfsError):
     """The object store cannot be written."""
+
+
+def _shortened(text: str) -> str:
+    """Return a text without its middle, if it is too long for a line that somebody reads."""
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-79:]}"
 
 
 def printable(path: bytes) -> str:

@@ -21,6 +21,7 @@ from cfsfuse.errors import (
     ObjectMissing,
     ObjectUnusable,
     PathNotFound,
+    SourceError,
     TreeError,
     UsageError,
 )
@@ -231,6 +232,60 @@ def test_files_of_any_size_come_from_open_files(tmp_path: Path) -> None:
         api.file(opened)
 
 
+@pytest.mark.parametrize("size", [5, 100])
+def test_contents_may_be_any_bytes(size: int) -> None:
+    content = b"x" * size
+    expected = b"".join(api.dump(api.directory({"f": api.file(content)})))
+    for same in (bytearray(content), memoryview(content), memoryview(content * 2)[::2]):
+        assert b"".join(api.dump(api.directory({"f": api.file(same)}))) == expected
+
+
+def test_contents_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "closed").touch()
+    with open(tmp_path / "closed", "rb") as closed:
+        pass
+    for content in (io.BytesIO(b"x"), "text", closed):
+        with pytest.raises(UsageError, match="content: neither bytes nor an open file"):
+            api.file(content)  # type: ignore[arg-type]  # that is the point
+    read, write = os.pipe()
+    with open(read, "rb") as pipe, open(write, "wb"), pytest.raises(UsageError, match="not a regular file"):
+        api.file(pipe)
+    with open(tmp_path / "new", "wb") as unreadable:
+        unreadable.write(b"x")
+        unreadable.flush()
+        with pytest.raises(SourceError, match="/new: Bad file descriptor"):
+            api.file(unreadable)
+
+
+def test_open_files_without_a_path(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"content")
+    with open(fd, "rb") as opened:
+        assert isinstance(opened.name, int)
+        assert api.file(opened).node == api.file(b"content").node
+
+
+@pytest.mark.parametrize("size", [5, 100])
+def test_a_file_that_grows_while_it_is_added(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    fstat = os.fstat
+    grown: list[int] = []  # the descriptors that saw the file as it was
+
+    def grow(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        if not grown and stat.S_ISREG(status.st_mode) and status.st_size == size:
+            grown.append(fd)
+            os.truncate(path, size + 1)
+        return status
+
+    with api.StoreWriter(str(tmp_path / "objects")) as store, open(path, "rb") as opened:
+        monkeypatch.setattr(os, "fstat", grow)
+        with pytest.raises(SourceError, match="file: it has changed while it was read"):
+            api.file(opened, store)
+    assert grown
+
+
 def test_large_contents_need_no_store_to_be_named(tmp_path: Path) -> None:
     root = api.directory({"file": api.file(b"x" * 100)})
     assert api.build(root).objects is None
@@ -248,6 +303,18 @@ def test_a_tree_that_no_image_can_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TreeError, match="/a"):
         api.build(root, tmp_path / "image")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_tree_that_is_none_is_neither_walked_nor_dumped() -> None:
+    root = api.directory()
+    root.children[b"d"] = api.directory({"again": root})
+    for use in (api.walk, api.dump):
+        with pytest.raises(TreeError, match="/d/again: stands in the tree twice"):
+            list(use(root))
+    stray = api.directory({"l": api.link(api.file(b"elsewhere"))})
+    assert len(list(api.walk(stray))) == 2
+    with pytest.raises(TreeError, match="/l: a hard link to what is not in the tree"):
+        list(api.dump(stray))
 
 
 def test_contents_of_a_failed_build_are_not_published(tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ def test_file_appears_at_the_end_of_the_block(directory: int, tmp_path: Path) ->
         os.fstat(fd)
 
 
+def test_content_is_on_the_disk_before_the_name_and_the_name_at_the_end(
+    directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append("directory" if fd == directory else "content"))
+    monkeypatch.setattr(os, "rename", lambda *_, **__: done.append("name"))
+    with published(directory, b"name"):
+        assert done == []
+    assert done == ["content", "name", "directory"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_nothing_stays_behind_after_an_error(directory: int, tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "name").write_bytes(b"old")

@@ -16,7 +16,10 @@ import pytest
 
 from cfsfuse.builder import image as builder
 from cfsfuse.builder.scan import Progress
+from cfsfuse.builder.store import StoreWriter
+from cfsfuse.cli import main as command
 from cfsfuse.cli import mk
+from cfsfuse.errors import StoreError
 from cfsfuse.imagefile import open_image
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
@@ -397,6 +400,14 @@ def test_an_interrupt_leaves_nothing(
     assert left(tmp_path) == []
 
 
+def test_an_interrupt_while_the_program_starts(capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_verbs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "make_parser", interrupted)
+    assert run(capfdbinary, "mk") == (130, b"", "")
+
+
 def test_an_image_that_cannot_be_written_publishes_no_object(
     tree: Path, tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +422,54 @@ def test_an_image_that_cannot_be_written_publishes_no_object(
     line = fails(capfdbinary, 4, "mk", "--digest-store", tmp_path / "objects", tree, tmp_path / "image")
     assert line.endswith("image: cannot write the image: No space left on device")
     assert left(tmp_path) == []
+
+
+def test_objects_that_cannot_be_published_leave_no_image(
+    tree: Path, tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_to_publish(_store: StoreWriter) -> None:
+        raise StoreError("objects: no space left")
+
+    monkeypatch.setattr(StoreWriter, "publish", fails_to_publish)
+    line = fails(capfdbinary, 4, "mk", "--digest-store", tmp_path / "objects", tree, tmp_path / "image")
+    assert line.endswith("objects: no space left")
+    assert left(tmp_path) == []
+    result = run(capfdbinary, "mk", "--digest-store", tmp_path / "objects", tree, "-")
+    assert (result.code, result.out) == (4, b"")
+
+
+def test_an_image_that_the_disk_does_not_take_publishes_no_object(
+    tree: Path, tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def full(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(f"{tmp_path}/.image."):
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = fails(capfdbinary, 4, "mk", "--digest-store", tmp_path / "objects", tree, tmp_path / "image")
+    assert line.endswith("image: cannot write the image: No space left on device")
+    assert left(tmp_path) == []
+
+
+def test_objects_get_their_names_before_the_image(
+    tree: Path, tmp_path: Path, capfdbinary: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, image = tmp_path / "objects", tmp_path / "image"
+    seen: list[tuple[bool, list[str]]] = []  # before each rename in this process: is there an image, and which objects
+    rename = os.rename
+
+    def recorded(source: bytes, target: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        if os.fsencode(target) == b"image":
+            seen.append((image.exists(), [name for name in objects(store) if not name.startswith(".tmp")]))
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "rename", recorded)
+    succeeds(capfdbinary, "--digest-store", store, tree, image)
+    assert seen == [(False, objects(store))]
+    assert len(objects(store)) == 3
 
 
 # Progress

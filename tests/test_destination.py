@@ -84,6 +84,63 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["image"]
 
 
+def test_a_new_file_is_on_the_disk_before_its_objects_are_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(fd: int) -> None:
+        done.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).split(".")[1])
+        fsync(fd)
+
+    def recorded_rename(source: bytes, target: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        done.append("rename " + os.fsdecode(target))
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    place = tmp_path / ".place."  # the name that is recorded of it: place
+    place.mkdir()
+    with destination(str(place / "image")) as target, target.opened(lambda: done.append("publish")) as write:
+        write(b"image")
+        assert done == []
+    assert done == ["fsync image", "publish", "fsync image", "rename image", "fsync place"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "publish"])
+def test_a_failure_between_writing_and_naming(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fails)
+    with (
+        pytest.raises(HostError, match="image: cannot write the image: Input/output error"),
+        destination(str(tmp_path / "image")) as target,
+        target.opened(fails if call == "publish" else lambda: done.append("published")) as write,
+    ):
+        write(b"image")
+    assert done == []
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [None, "/proc/self/fd/{}"])
+def test_what_is_read_as_it_comes_has_its_objects_before(path: str | None) -> None:
+    fd = os.memfd_create("image")
+    os.write(fd, b"old")
+    found: list[bytes] = []
+    with (
+        destination(path and path.format(fd)) as target,
+        target.opened(lambda: found.append(os.pread(fd, 9, 0))) as write,
+    ):
+        assert found == [b"old"]
+        write(b"new")
+    os.close(fd)
+
+
 def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "directory").symlink_to("real")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsfuse.dump import line, parse
-from cfsfuse.dumpparser import CONTENT_MAX, FIELDS, LINE_MAX, PAYLOAD_MAX, XATTRS_MAX
+from cfsfuse.dumpparser import FIELDS, LINE_MAX, PAYLOAD_MAX, XATTRS_MAX
 from cfsfuse.erofs.overlay import Digest
+from cfsfuse.erofs.writer import INLINE_MAX
 from cfsfuse.errors import DumpError
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Node, Stat, Symlink
 from tests.support import HERE, python_image, time_limit, vector
@@ -102,7 +103,7 @@ def symlink(target: bytes) -> Symlink:
         (b"1 100644 1 0 0 0 0.0 - \\x2d -", regular(1, b"-")),
         (b"6 100644 1 0 0 0 0.0 - \\\\\\n\\r\\t\\x00\\xfF -", regular(6, b"\\\n\r\t\0\xff")),
         (b"2 100644 1 0 0 0 0.0 - \t\xff -", regular(2, b"\t\xff")),
-        (b"%d 100644 1 0 0 0 0.0 - %s -" % (CONTENT_MAX, b"c" * CONTENT_MAX), regular(CONTENT_MAX, b"c" * CONTENT_MAX)),
+        (b"%d 100644 1 0 0 0 0.0 - %s -" % (INLINE_MAX, b"c" * INLINE_MAX), regular(INLINE_MAX, b"c" * INLINE_MAX)),
         (b"0 100644 1 0 0 0 0.0 - - -", regular(0, b"")),
         (b"0 100644 1 0 0 0 0.0 -  -", regular(0, b"")),
         (b"0 100644 1 0 0 0 0.0 a/b - " + b"ab" * 32, regular(0, b"")),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsfuse.dumpparser import parse
+from cfsfuse.dump import parse
+from cfsfuse.erofs.contents import Hole
 from cfsfuse.erofs.image import Image
 from cfsfuse.erofs.ondisk import DataLayout
 from cfsfuse.erofs.overlay import Digest
@@ -21,7 +24,7 @@ from cfsfuse.errors import TreeError, UsageError
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Sparse, Stat, Symlink
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
-from tests.support import expected_rows, vector
+from tests.support import HERE, expected_rows, vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 DIGEST = Digest("sha256", bytes(range(32)))
 ROOT_OFFSET = 1152  # of the root inode: behind the super block
+CORPUS = os.path.join(HERE, os.pardir, "integration", "oracles", "corpus")
 
 
 def status(mode: int, size: int = 0, **fields: int) -> Stat:
@@ -83,6 +87,24 @@ def test_vectors(row: dict[str, str]) -> None:
     assert content_digest(SHA256, data).hex() == row["fsverity_sha256"]
 
 
+def corpus_rows() -> list[dict[str, str]]:
+    """Return what mkcomposefs 1.0.8 makes of the dumps of the corpus, one row for each pair of versions."""
+    with open(os.path.join(CORPUS, "expected.tsv"), encoding="ascii") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@pytest.mark.parametrize("row", corpus_rows(), ids=lambda row: "-".join(list(row.values())[:3]))
+def test_corpus(row: dict[str, str]) -> None:
+    with open(os.path.join(CORPUS, row["name"] + ".dump"), "rb") as file:
+        data = image(parse(file), Versions(int(row["min_version"]), int(row["max_version"])))
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (int(row["bytes"]), row["sha256"])
+
+
+def test_the_corpus_is_complete() -> None:
+    dumps = {name.removesuffix(".dump") for name in os.listdir(CORPUS) if name.endswith(".dump")}
+    assert dumps == {row["name"] for row in corpus_rows()}
+
+
 def test_pieces_are_those_of_write() -> None:
     root = directory({b"%05d" % number: inline(b"x" * 60) for number in range(5000)})
     pieces = list(write(root))
@@ -116,6 +138,13 @@ def test_form_of_an_inode(fields: dict[str, int], *, is_compact: bool) -> None:
     assert inode.data_offset - start == (32 if is_compact else 64)
     status_of = found.node(inode).stat
     assert {name: getattr(status_of, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(("size", "is_compact"), [((1 << 32) - 1, True), (1 << 32, False)])
+def test_form_of_an_inode_by_its_size(size: int, *, is_compact: bool) -> None:
+    found, inode = written(Entry(Sparse(status(stat.S_IFREG | 0o644, size), {})))
+    assert inode.data_offset - found.image.meta_offset - inode.nid * 32 == (32 if is_compact else 64)
+    assert inode.size == size
 
 
 def test_size_that_a_device_is_given_counts_for_its_form_only() -> None:
@@ -205,6 +234,13 @@ def test_holes(size: int, chunk_format: int, chunks: int) -> None:
     assert found.node(inode) == external(size).node
 
 
+def test_hole_keeps_the_upper_half_of_an_address() -> None:
+    hole = Hole(1 << 53)
+    assert hole.i_u(0x12345) == 31
+    hole.spill()
+    assert hole.i_u(0x12345) == 0x1001F
+
+
 def test_chunk_map_that_fits_nowhere_becomes_a_block() -> None:
     entry = external(1 << 53, b"ab/cdef12")  # so long that the map would start between slots
     found, inode = written(entry)
@@ -273,6 +309,23 @@ def test_shared_xattrs_are_in_descending_order() -> None:
     places = [area.index(text) for text in (b"b22", b"a1")]
     assert places == sorted(places)
     assert found.xattrs(found.resolve(b"/g")) == several | {b"user.c": b"3"}
+
+
+def test_shared_xattrs_of_a_name_are_ordered_by_length_before_value() -> None:
+    values = (b"9", b"10", b"11")
+    files = {b"%s-%d" % (value, number): inline(b"", {b"user.a": value}) for value in values for number in range(2)}
+    found = reader(directory(files))
+    area = bytes(found.image.slice(found.image.xattr_offset, 4096, "shared xattrs"))
+    places = [area.index(b"a" + value) for value in (b"11", b"10", b"9")]
+    assert places == sorted(places)
+
+
+def test_xattrs_up_to_the_limit() -> None:
+    names = (b"user.a", b"user.bc")
+    most = 32767 - 12 - sum(7 + len(name) for name in names)  # header; for each name twice an entry's 4 bytes, less one
+    lay_out(directory({b"f": inline(b"", dict.fromkeys(names[:1], b"v" * most) | {names[1]: b""})}))
+    with pytest.raises(TreeError, match="/f: xattrs of 32768 bytes; an image takes 32767"):
+        lay_out(directory({b"f": inline(b"", dict.fromkeys(names[:1], b"v" * most) | {names[1]: b"v"})}))
 
 
 def test_an_inode_refers_to_128_shared_xattrs_at_most() -> None:
@@ -382,6 +435,18 @@ def test_what_no_image_holds(root: Entry, text: str) -> None:
     with pytest.raises(TreeError) as caught:
         write(root)
     assert text in str(caught.value)
+
+
+def test_what_is_said_of_long_paths_and_names_is_short() -> None:
+    deep = directory({b"f": inline(b"", {b"x" * 10_000: b""})})
+    for _ in range(5000):
+        deep = directory({b"d": deep})
+    with pytest.raises(TreeError) as caught:
+        lay_out(deep)
+    assert caught.value.path == b"/d" * 5000 + b"/f"
+    assert str(caught.value).startswith("/d/d/")
+    assert "d/f: an xattr's name has 1 to 255 bytes" in str(caught.value)
+    assert len(str(caught.value)) <= 402
 
 
 def test_children_of_a_file() -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cfsfuse.access import LINKS_MAX
 from cfsfuse.atomic import opened_directory, published
 from cfsfuse.errors import HostError, UsageError
 
@@ -17,33 +18,34 @@ if TYPE_CHECKING:
     from cfsfuse.verity.merkle import Bytes
 
     Write = Callable[[Bytes], object]
+    Publish = Callable[[], object] | None
 
 STANDARD_OUTPUT = "-"
 _MODE = 0o666  # less the umask: the mode that fopen(3) makes files with
-_LINKS_MAX = 40  # the kernel's MAXSYMLINKS
 _PROC = "/proc"
 # What is wrong with the path; everything else is for the host to put right.
 _WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class Destination(Protocol):
-    """Where an image goes. What `is_stream` may be used by its reader before the image is whole."""
+    """Where an image goes."""
 
-    @property
-    def is_stream(self) -> bool: ...
+    def opened(self, publish: Publish = None) -> contextlib.AbstractContextManager[Write]:
+        """Yield what takes the bytes of the image; it is there when the block ends well. Raises HostError.
 
-    def opened(self) -> contextlib.AbstractContextManager[Write]:
-        """Yield what takes the bytes of the image; it is there when the block ends well. Raises HostError."""
+        `publish` is called before anybody can see the image, and as late as that allows: for what the image needs, and
+        what nobody needs without it.
+        """
         ...
 
 
 class Nowhere:
     """For those who want the digest alone."""
 
-    is_stream = True
-
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Write]:
+    def opened(self, publish: Publish = None) -> Iterator[Write]:
+        if publish:
+            publish()
         yield len
 
 
@@ -53,27 +55,33 @@ class NewFile(NamedTuple):
     directory: str
     name: str
     label: str
-    is_stream: bool = False
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Write]:
+    def opened(self, publish: Publish = None) -> Iterator[Write]:
         with (
             _named(self.label),
             opened_directory(self.directory) as directory,
             published(directory, os.fsencode(self.name), _MODE) as fd,
         ):
             yield _writer(fd)
+            os.fsync(fd)  # a full disk may show here, when there is still nothing to take back
+            if publish:
+                publish()
 
 
 class Stream(NamedTuple):
-    """A descriptor that is written to as it is: a pipe, a device, a file that somebody else holds open."""
+    """A descriptor that is written to as it is: a pipe, a device, a file that somebody else holds open.
+
+    Its reader may use the image before it is whole.
+    """
 
     fd: int
     label: str
-    is_stream: bool = True
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Write]:
+    def opened(self, publish: Publish = None) -> Iterator[Write]:
+        if publish:
+            publish()
         with _named(self.label):
             is_file = self.fd != 1 and stat.S_ISREG(os.fstat(self.fd).st_mode)
             if not is_file:
@@ -146,7 +154,7 @@ def _place(path: str) -> tuple[str, str]:
 
     os.path.realpath would go on where a link of /proc names a descriptor: to a file that may have another name by now.
     """
-    for _ in range(_LINKS_MAX):
+    for _ in range(LINKS_MAX):
         parent, name = os.path.split(path)
         directory = os.path.realpath(parent or os.curdir)
         if not os.path.isdir(directory) or name in ("", os.curdir, os.pardir):

@@ -17,12 +17,12 @@ from cfsfuse import collector
 from cfsfuse.builder.destination import STANDARD_OUTPUT, destination
 from cfsfuse.builder.scan import Options, scan
 from cfsfuse.builder.store import StoreWriter
-from cfsfuse.dumpparser import parse
+from cfsfuse.dump import parse
 from cfsfuse.erofs.writer import DEFAULT_VERSIONS, Versions, lay_out
 from cfsfuse.errors import DumpError, HostError, SourceError, UsageError
 from cfsfuse.tree import Link
-from cfsfuse.verity.digest import BLOCK_SIZE, SHA256, file_digest
-from cfsfuse.verity.merkle import Geometry, build
+from cfsfuse.verity.digest import BLOCK_SIZE, SHA256
+from cfsfuse.verity.merkle import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,14 +116,10 @@ def check_versions(versions: Versions) -> None:
 
 
 def finish(root: Entry, target: Destination, versions: Versions, store: StoreWriter | None) -> Built:
-    """Write the image of a tree to `target`; the objects of `store` are published, and then the image."""
+    """Write the image of a tree to `target`; the objects of `store` are published before the image is."""
     layout = lay_out(root, versions)
-    if store is not None and target.is_stream:
-        store.publish()
-    with target.opened() as write:
+    with target.opened(None if store is None else store.publish) as write:
         digest = _write(layout, write)
-        if store is not None and not target.is_stream:
-            store.publish()
     return Built(digest, layout.version, layout.size, root, None if store is None else store.summary)
 
 
@@ -139,7 +135,7 @@ def _write(layout: Layout, write: Write) -> str:
             yield memoryview(data)[:whole]
             rest = data[whole:]
 
-    return file_digest(SHA256, layout.size, build(Geometry(SHA256, layout.size), blocks())).hex()
+    return digest_of(SHA256, layout.size, blocks()).hex()
 
 
 def count(root: Entry) -> Counter[int]:

@@ -138,14 +138,15 @@ def output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end us as an exception does, so that nothing stays behind."""
+    """Let SIGTERM and SIGHUP end us as an exception does, so that nothing stays behind; nohup(1) stays in force."""
 
     def end(number: int, _frame: object) -> NoReturn:
         for later in before:
             signal.signal(later, signal.SIG_IGN)  # a second one would interrupt the clearing up
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:

@@ -34,6 +34,8 @@ Files of more than 64 bytes become objects of the store, named after their fs-ve
 of images, and several builders at once. Without --digest-store the image is made alone. fs-verity is enabled on
 the objects where the file system can.
 
+In a dump, a digest of 128 digits is kept, as sha512; mkcomposefs makes 64 digits, sha256, of it.
+
 examples:
   cfsfuse mk --digest-store=objects --print-digest tree image.cfs  an image of the directory tree; its digest is printed
   cfsfuse dump image.cfs | cfsfuse mk --from-file - copy.cfs  the same image again, out of its dump

@@ -47,7 +47,7 @@ INLINE_MAX = 5000  # bytes of content in an image; more has to be an object
 _SHARED_MAX = 128  # references to shared xattrs in one inode
 # Limits of the reference for what the author of a tree gives an inode, under the names that the author gave: what
 # `overlay.py` adds comes on top. The bytes are counted generously.
-_XATTR_NAME_MAX = 255
+XATTR_NAME_MAX = 255
 _XATTRS_MAX = 32767
 _SLOT = 1 << ondisk.INODE_SLOT_BITS
 _PIECE = 1 << 18  # bytes that `Layout.pieces` yields at a time, at least
@@ -233,8 +233,8 @@ class _Inode:
     def _check_xattrs(self, xattrs: dict[bytes, bytes]) -> None:
         weight = ondisk.XATTR_IBODY_HEADER.size
         for name, value in xattrs.items():
-            if not 0 < len(name) <= _XATTR_NAME_MAX or b"\0" in name:
-                raise self.error(f"an xattr's name has 1 to {_XATTR_NAME_MAX} bytes, and no NUL: {printable(name)}")
+            if not 0 < len(name) <= XATTR_NAME_MAX or b"\0" in name:
+                raise self.error(f"an xattr's name has 1 to {XATTR_NAME_MAX} bytes, and no NUL: {printable(name)}")
             weight += 2 * ondisk.XATTR_ENTRY.size - 1 + len(name) + len(value)
         if weight > _XATTRS_MAX:
             raise self.error(f"xattrs of {weight} bytes; an image takes {_XATTRS_MAX}")

@@ -97,6 +97,11 @@ def build(geometry: Geometry, chunks: Iterable[Bytes], write: WriteTree | None =
     return builder.root_hash()
 
 
+def digest_of(algorithm: Algorithm, size: int, chunks: Iterable[Bytes], write: WriteTree | None = None) -> bytes:
+    """Return the fs-verity digest of `size` bytes that come in `chunks` of whole blocks; `write` is as for `build`."""
+    return file_digest(algorithm, size, build(Geometry(algorithm, size), chunks, write))
+
+
 class _Builder:
     """Packs hashes into hash blocks, level by level; behind the top level comes the root hash."""
 
