@@ -16,10 +16,11 @@ from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse import collector
+from cfsfuse.erofs.contents import FILE_MAX
 from cfsfuse.erofs.inode import NSEC_PER_SEC
 from cfsfuse.erofs.ondisk import NAME_MAX, SYMLINK_MAX
 from cfsfuse.erofs.overlay import DIGEST_SIZES, Digest
-from cfsfuse.erofs.writer import INLINE_MAX, XATTR_NAME_MAX
+from cfsfuse.erofs.writer import INLINE_MAX, XATTR_NAME_MAX, XATTRS_MAX, weight_of
 from cfsfuse.errors import DumpError
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Node, Stat, Symlink
 
@@ -33,7 +34,7 @@ LINE_MAX = 16 << 20
 # Limits of mkcomposefs, in bytes, beside those of images; that of all xattrs counts them as they are written, escapes
 # and all.
 PAYLOAD_MAX = SYMLINK_MAX
-XATTRS_MAX = 65535
+XATTRS_TEXT_MAX = 65535
 
 FIELDS = ("path", "size", "mode", "nlink", "uid", "gid", "rdev", "mtime", "payload", "content", "digest", "xattrs")
 _PATH, _SIZE, _MODE, _NLINK, _UID, _GID, _RDEV, _MTIME, _PAYLOAD, _CONTENT, _DIGEST, _XATTRS = range(12)
@@ -189,6 +190,8 @@ class _Tree:
         if kind != S_IFREG:
             return Device(stat, xattrs)
         if content is None and size:
+            if size > FILE_MAX:
+                raise _Malformed(_SIZE, f"a file of {size} bytes; an image takes {FILE_MAX}")
             return External(stat, xattrs, payload or None, digest)
         return Inline(stat, xattrs, content or b"")
 
@@ -317,8 +320,8 @@ def _digest(text: bytes) -> Digest | None:
 
 def _xattrs(text: bytes = b"") -> dict[bytes, bytes]:
     """Return the xattrs of a line; of a name that stands twice, the last."""
-    if len(text) > XATTRS_MAX:
-        raise _Malformed(_XATTRS, f"{len(text)} bytes; {XATTRS_MAX} are possible")
+    if len(text) > XATTRS_TEXT_MAX:
+        raise _Malformed(_XATTRS, f"{len(text)} bytes; {XATTRS_TEXT_MAX} are possible")
     xattrs = {}
     offset = 0
     pairs = text.split(b" ")
@@ -331,6 +334,8 @@ def _xattrs(text: bytes = b"") -> dict[bytes, bytes]:
             raise _Malformed(_XATTRS, f"not KEY=VALUE with a key of 1 to {XATTR_NAME_MAX} bytes", offset)
         xattrs[name] = _unescaped(_XATTRS, value, offset + len(key) + 1)
         offset += len(pair) + 1
+    if weight_of(xattrs) > XATTRS_MAX:
+        raise _Malformed(_XATTRS, f"xattrs of {weight_of(xattrs)} bytes; an image takes {XATTRS_MAX}")
     return xattrs
 
 

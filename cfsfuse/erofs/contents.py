@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TAIL_MAX = BLOCK_SIZE // 2  # bytes of a directory or of a file that stay inline; a longer rest fills a block
 CHUNKS_MAX = 1024  # a chunk map fits in a block
+FILE_MAX = CHUNKS_MAX << BLOCK_BITS + CHUNK_FORMAT_BLKBITS_MASK  # bytes: 2^53
 
 
 class Named(Protocol):

@@ -33,7 +33,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.erofs import ondisk, overlay, xattr
-from cfsfuse.erofs.contents import CHUNKS_MAX, Content, Hole, Names, Nothing, SymlinkTarget
+from cfsfuse.erofs.contents import FILE_MAX, Content, Hole, Names, Nothing, SymlinkTarget
 from cfsfuse.erofs.inode import NSEC_PER_SEC
 from cfsfuse.erofs.ondisk import BLOCK_SIZE
 from cfsfuse.errors import TreeError, UsageError, printable
@@ -48,7 +48,7 @@ _SHARED_MAX = 128  # references to shared xattrs in one inode
 # Limits of the reference for what the author of a tree gives an inode, under the names that the author gave: what
 # `overlay.py` adds comes on top. The bytes are counted generously.
 XATTR_NAME_MAX = 255
-_XATTRS_MAX = 32767
+XATTRS_MAX = 32767
 _SLOT = 1 << ondisk.INODE_SLOT_BITS
 _PIECE = 1 << 18  # bytes that `Layout.pieces` yields at a time, at least
 _DOTS = (b".", b"..")
@@ -90,6 +90,13 @@ class Versions(NamedTuple):
 
 
 DEFAULT_VERSIONS = Versions()
+
+
+def weight_of(xattrs: dict[bytes, bytes]) -> int:
+    """Return how many bytes xattrs count, of XATTRS_MAX."""
+    each = 2 * ondisk.XATTR_ENTRY.size - 1
+    bytes_of_pairs = sum(each + len(name) + len(value) for name, value in xattrs.items())
+    return ondisk.XATTR_IBODY_HEADER.size + bytes_of_pairs if xattrs else 0
 
 
 def write(root: Entry, versions: Versions = DEFAULT_VERSIONS) -> Iterator[bytes]:
@@ -218,7 +225,8 @@ class _Inode:
         self.mode, self.nlink, self._uid, self._gid, self.rdev, self.size, self.mtime_ns = node.stat
         self._check(node)
         self.file_type = ondisk.FILE_TYPES[self.mode & 0o170000]
-        self._check_xattrs(node.xattrs)
+        if node.xattrs:
+            self._check_xattrs(node.xattrs)
         self.xattrs = overlay.stored_xattrs(node.xattrs)
         self.contents = self._contents_of(node)
         self.children = {} if self.is_directory else _NO_CHILDREN
@@ -231,22 +239,20 @@ class _Inode:
             raise self.error(f"a number does not fit in an inode: {node.stat}")
 
     def _check_xattrs(self, xattrs: dict[bytes, bytes]) -> None:
-        weight = ondisk.XATTR_IBODY_HEADER.size
-        for name, value in xattrs.items():
+        for name in xattrs:
             if not 0 < len(name) <= XATTR_NAME_MAX or b"\0" in name:
                 raise self.error(f"an xattr's name has 1 to {XATTR_NAME_MAX} bytes, and no NUL: {printable(name)}")
-            weight += 2 * ondisk.XATTR_ENTRY.size - 1 + len(name) + len(value)
-        if weight > _XATTRS_MAX:
-            raise self.error(f"xattrs of {weight} bytes; an image takes {_XATTRS_MAX}")
+        weight = weight_of(xattrs)
+        if weight > XATTRS_MAX:
+            raise self.error(f"xattrs of {weight} bytes; an image takes {XATTRS_MAX}")
 
     def _contents_of(self, node: Node) -> Nothing:
         if isinstance(node, External | Sparse) and self.size:
             if isinstance(node, External):
                 self.xattrs |= overlay.external_marks(node.path, node.digest)
-            hole = Hole(self.size)
-            if hole.chunks > CHUNKS_MAX:
-                raise self.error(f"a file of {self.size} bytes; an image takes 2^53")
-            return hole
+            if self.size > FILE_MAX:
+                raise self.error(f"a file of {self.size} bytes; an image takes {FILE_MAX}")
+            return Hole(self.size)
         if isinstance(node, Inline):
             self.size = len(node.content)
             if self.size > INLINE_MAX:
