@@ -44,12 +44,16 @@ def open_image(path: str, digest: str | None = None) -> Image:
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("image", "not a regular file")
             # First the beginning alone: something else of a terabyte shall not be copied to memory to be refused.
-            Image(_beginning(fd), size=status.st_size)
-            content = _sealed_copy(fd, path)
+            beginning(fd)
+            copy = sealed_copy(fd, path)
         finally:
             os.close(fd)
+        try:
+            content = mapped(copy, path)
+        finally:
+            os.close(copy)
         if digest is not None:
-            _check_digest(path, content, digest)
+            check_digest(path, content, digest)
         return Image(content)
 
 
@@ -63,14 +67,16 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
-def _beginning(fd: int) -> bytes:
+def beginning(fd: int) -> Image:
+    """Return what can be said of the image in `fd` by its first block; raise ImageError when it is none."""
     try:
-        return os.pread(fd, BLOCK_SIZE, 0)
+        return Image(os.pread(fd, BLOCK_SIZE, 0), size=os.fstat(fd).st_size)
     except OSError as error:
         raise ImageError("image", f"cannot be read: {error.strerror}") from None
 
 
-def _sealed_copy(fd: int, path: str) -> mmap.mmap | bytes:
+def sealed_copy(fd: int, path: str) -> int:
+    """Return the descriptor of a copy, in memory, of the file `fd`: nobody can change it any more."""
     try:
         copy = _memfd()
     except OSError as error:
@@ -80,14 +86,22 @@ def _sealed_copy(fd: int, path: str) -> mmap.mmap | bytes:
         while count := os.sendfile(copy, fd, size, 1 << 30):
             size += count
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
-        # Private, for before Linux 6.7 a sealed file cannot be mapped shared, not even to be read.
-        return mmap.mmap(copy, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size else b""
     except OSError as error:
+        os.close(copy)
         if error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise HostError(f"{path}: no memory for the image: {error.strerror}") from None
         raise ImageError("image", f"cannot be read: {error.strerror}") from None
-    finally:
-        os.close(copy)
+    return copy
+
+
+def mapped(copy: int, path: str) -> mmap.mmap | bytes:
+    """Return the bytes of a sealed copy."""
+    try:
+        size = os.fstat(copy).st_size
+        # Private, for before Linux 6.7 a sealed file cannot be mapped shared, not even to be read.
+        return mmap.mmap(copy, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size else b""
+    except OSError as error:
+        raise HostError(f"{path}: no memory for the image: {error.strerror}") from None
 
 
 def _memfd() -> int:
@@ -98,7 +112,8 @@ def _memfd() -> int:
         return os.memfd_create("cfsfuse-image", flags)  # before Linux 6.3
 
 
-def _check_digest(path: str, content: mmap.mmap | bytes, expected: str) -> None:
+def check_digest(path: str, content: mmap.mmap | bytes, expected: str) -> None:
+    """Raise ImageDigestMismatch unless `content` has the fs-verity digest `expected`."""
     algorithm = ALGORITHMS["sha256" if len(expected) == 64 else "sha512"]
     found = content_digest(algorithm, content).hex()
     if found != expected:

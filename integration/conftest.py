@@ -104,7 +104,7 @@ class Log:
 
 @dataclass
 class FuseMount:
-    """A cfsfuse mount at `path`, made by `account`."""
+    """A mount of cfsfuse at `path` through FUSE, made by `account`."""
 
     path: str
     account: Account
@@ -115,7 +115,7 @@ class FuseMount:
     def mount(self, image: TestImage, options: Sequence[str] = ()) -> None:
         """Run `cfsfuse mount`, as a user would, and return when it has; raise MountFailed with what it says."""
         basedir = "basedir=" + ":".join(image.base_directories)
-        text = ",".join([basedir, f"log={self.log.path}", *image.options, *options])
+        text = ",".join(["backend=fuse", basedir, f"log={self.log.path}", *image.options, *options])
         with _adopting():
             done = self._cfsfuse("mount", image.path, self.path, "-o", text)
         if done.returncode:

@@ -277,8 +277,10 @@ class Stage:
         return new[0]
 
     def words(self, *options: str, image: str | None = None, mountpoint: str | None = None) -> list[str]:
-        """Return the arguments of `cfsfuse mount` for this stage."""
+        """Return the arguments of `cfsfuse mount` for this stage; through FUSE, unless a backend option is given."""
         chosen = list(options)
+        if not any(option.startswith("backend=") for option in chosen):
+            chosen.append("backend=fuse")
         if not any(option.startswith("basedir=") for option in chosen):
             chosen.append(f"basedir={self.store}")
         if not any(option.startswith("log=") for option in chosen):

@@ -43,6 +43,12 @@ def test_topmost_mount_of_a_path(mountinfo: None) -> None:
         assert mount_at(path) is None
 
 
+def test_mounts_of_images_are_told_from_others() -> None:
+    ours = [("fuse.cfsfuse", "/a.cfs"), ("fuse.cfsfuse", "composefs"), ("overlay", "composefs")]
+    others = [("overlay", "overlay"), ("erofs", "composefs"), ("fuse.other", "composefs")]
+    assert [kind for kind in ours + others if Mount("/m", *kind, "0:1").is_composefs] == ours
+
+
 def test_real_mountinfo_has_the_root() -> None:
     found = mount_at("/proc")
     assert found is not None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cfsfuse.errors import CfsError, HostError, UsageError
-from cfsfuse.mount.options import MountOptions, parse, split
+from cfsfuse.errors import UsageError
+from cfsfuse.mount.options import BACKENDS, MountOptions, parse, split
 from cfsfuse.objects import Verification
 
 DIGEST = "0123456789abcdef" * 4
@@ -41,6 +41,7 @@ def test_nothing_said_is_the_default() -> None:
         ("poll=0", "poll", 0),
         ("log=/var/log/x", "log", "/var/log/x"),
         ("nosuid,dev", "flags", ("nosuid", "dev")),
+        *((f"backend={name}", "backend", name) for name in BACKENDS),
     ],
 )
 def test_options(text: str, field: str, value: object) -> None:
@@ -51,6 +52,17 @@ def test_options(text: str, field: str, value: object) -> None:
 @pytest.mark.parametrize(("text", "field"), [("uid=1,uid=2", "uid"), ("poll=1,poll=2", "poll")])
 def test_last_one_counts(text: str, field: str) -> None:
     assert getattr(parse(text), field) == 2
+
+
+def test_last_backend_counts() -> None:
+    assert parse("backend=kernel,backend=fuse").backend == "fuse"
+    assert parse("backend=kernel,backend=auto") == parse("")
+
+
+@pytest.mark.parametrize("value", ["fusefs", "Kernel", "overlayfs", "kernel:fuse", " "])
+def test_a_backend_that_does_not_exist_is_told_with_those_that_do(value: str) -> None:
+    with pytest.raises(UsageError, match=f"^backend={value}: must be auto, kernel or fuse$"):
+        parse(f"backend={value}")
 
 
 @pytest.mark.parametrize("text", ["noverity,verity", "verity,ro,noverity", "noverity,tryverity", "verity,tryverity"])
@@ -68,7 +80,7 @@ def test_the_same_word_twice_is_no_contradiction() -> None:
     [
         "unknown", "unknown=1", "digest", "digest=", "digest=12", "digest=" + "g" * 64, "basedir", "basedir=", "uid=x",
         "uid=-1", "uid=4294967295", "uid=1.0", "uid=٣", "gid=", "statfs=other", "poll=fast", "verity=1", "nosuid=1",
-        "Basedir=/a", " ro", "log=",
+        "Basedir=/a", " ro", "log=", "backend", "backend=", "backend=fast", "upperdir=", "workdir", "idmap=",
     ],
 )  # fmt: skip
 def test_mistakes_name_the_option(text: str) -> None:
@@ -78,11 +90,19 @@ def test_mistakes_name_the_option(text: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["upperdir=/a", "workdir=/a", "idmap=/proc/1/ns/user"])
-def test_what_needs_a_kernel_mount_says_so(text: str) -> None:
-    with pytest.raises(HostError, match=text.split("=", maxsplit=1)[0]):
+def test_layers_of_overlayfs() -> None:
+    options = parse(r"upperdir=/a\,b,workdir=/c,idmap=/proc/1/ns/user")
+    assert (options.upperdir, options.workdir, options.idmap) == ("/a,b", "/c", "/proc/1/ns/user")
+    assert options.is_writable
+    assert not parse("upperdir=/a,workdir=/b,ro").is_writable
+    assert parse("ro,upperdir=/a,workdir=/b,rw").is_writable
+    assert not parse("rw").is_writable
+
+
+@pytest.mark.parametrize(("text", "lacking"), [("upperdir=/a", "workdir="), ("workdir=/a", "upperdir=")])
+def test_upperdir_and_workdir_come_together(text: str, lacking: str) -> None:
+    with pytest.raises(UsageError, match=f"option {lacking} is missing"):
         parse(text)
-    assert issubclass(HostError, CfsError)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ VERBS = {
     "stat": Verb("stat", "show what an image says of a path"),
     "extract": Verb("extract", "copy a tree out of an image, verified, without mounting"),
     "measure": Verb("measure", "print the fs-verity digests of files"),
+    "doctor": Verb("doctor", "show what this host has for mounting images"),
     "completion": Verb("completion", "print a completion script for a shell"),
 }
 
@@ -96,18 +97,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in words if not word.startswith("-")), None)
     gc.disable()  # what imports allocate lives on: looking for cycles in it is a quarter of their time
-    parser = make_parser([verb] if verb in VERBS else [])
+    try:
+        parser = make_parser([verb] if verb in VERBS else [])
+    except KeyboardInterrupt:
+        return 130
     gc.enable()
     parsed = parser.parse_args(words)
     return guard(lambda: int(parsed.run(parsed)), debug=parsed.debug, program=parser.prog)
 
 
 def open_standard_streams() -> None:
-    """Make descriptors 0 to 2 exist: a file with one of these numbers would be lost when a daemon lets go of them."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    """Make descriptors 0 to 2 exist: a file with one of these numbers would be lost when a daemon lets go of them.
+
+    A standard output that was closed takes nothing: who asked for output shall not be told that it went well.
+    """
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:  # it gets the lowest number that is free, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY if stream == 1 else os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - likewise
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 - likewise
 
 
@@ -147,9 +157,9 @@ def guard(run: Callable[[], int], *, debug: bool, program: str) -> int:
         print(f"{program}: {printable(str(error).encode(errors='surrogateescape'))}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BAD)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader has gone, as head(1) does; without this the interpreter complains when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # What standard output has not taken would fail once more when the interpreter flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as head(1) does
             return 141
         if debug:
             raise

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from cfsfuse.mount.fuse import mount
-from cfsfuse.mount.options import parse
+from cfsfuse.cli.doctor import explanation
+from cfsfuse.mount.ladder import explain, mount
+from cfsfuse.mount.options import AUTO, BACKENDS, parse
 
 if TYPE_CHECKING:
     import argparse
+
+    from cfsfuse.mount.options import MountOptions
 
 OPTION_HELP = """\
 mount options (-o, separated by commas; \\, and \\: stand for a comma and a colon in a path):
@@ -20,6 +24,10 @@ mount options (-o, separated by commas; \\, and \\: stand for a comma and a colo
   allow_other         let other users in; the default for root (noallow_other)
   uid=N, gid=N        show every file as owned by this user, by this group
   statfs=store|image  the free space that df shows: of the object store (default), or none
+  backend=NAME        auto (default): the kernel where it keeps the promise, else FUSE; kernel; fuse
+  upperdir=DIR, workdir=DIR
+                      a kernel mount that takes changes, in upperdir; ro: it does not
+  idmap=FILE          a kernel mount with owners mapped as in this user namespace (/proc/PID/ns/user)
   log=FILE            write the log there; without it the system's log has it, or where there is none
                       ~/.local/state/cfsfuse/log/cfsfuse.log
   poll=US             after a request wait that long for the next without sleeping (100 µs; 0: never)
@@ -33,7 +41,11 @@ files:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_operands(parser)
-    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to standard error")
+    parser.add_argument(
+        "-f", "--foreground", action="store_true", help="serve through FUSE in the foreground, log to standard error"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="how to mount: as -o backend=")
+    parser.add_argument("--explain", action="store_true", help="say why each backend is chosen or refused")
 
 
 def add_operands(parser: argparse.ArgumentParser) -> None:
@@ -47,5 +59,18 @@ def add_operands(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    mount(arguments.image, arguments.mountpoint, parse(",".join(arguments.options)), foreground=arguments.foreground)
+    options = parse(",".join(arguments.options))
+    if arguments.backend is not None:
+        options = dataclasses.replace(options, backend=arguments.backend)
+    if arguments.explain:
+        _explain(arguments, options)
+    mount(arguments.image, arguments.mountpoint, options, foreground=arguments.foreground)
     return 0
+
+
+def _explain(arguments: argparse.Namespace, options: MountOptions) -> None:
+    verdicts = explain(arguments.image, options, foreground=arguments.foreground)
+    possible = [verdict.backend.value for verdict in verdicts if not verdict.problems]
+    chosen = next((name for name in possible if options.backend in (AUTO, name)), None)
+    for line in explanation(verdicts, chosen):
+        print(line, flush=True)  # a daemon would have what is not written yet as well

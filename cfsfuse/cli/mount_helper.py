@@ -10,7 +10,7 @@ from cfsfuse import __version__
 from cfsfuse.cli import mount as mount_verb
 from cfsfuse.cli.main import DONE, Parser, guard, open_standard_streams
 from cfsfuse.errors import HostError
-from cfsfuse.mount.fuse import mount
+from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.options import parse
 from cfsfuse.privilege import has_sys_admin
 

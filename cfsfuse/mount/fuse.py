@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import functools
 import gc
 import os
 import resource
 import shutil
-import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.basedirs import BaseDirectories
-from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import HostError, UsageError, printable
-from cfsfuse.imagefile import naming, open_image
+from cfsfuse.errors import HostError, printable
 from cfsfuse.mount import daemon
 from cfsfuse.mount.mountinfo import mount_at
+from cfsfuse.mount.mountpoint import check_mountpoint, claimed
 from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
@@ -26,28 +22,31 @@ from cfsfuse.privilege import has_sys_admin
 from cfsfuse.trees import TreeStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+    from cfsfuse.erofs.reader import Reader
     from cfsfuse.mount.mountinfo import Mount
     from cfsfuse.mount.options import MountOptions
 
-FSTYPE = "fuse.cfsfuse"
 _DEVICE = "/dev/fuse"
 _FUSE_CONF = "/etc/fuse.conf"
 
 
-def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
+class Opened(NamedTuple):
+    """An image that is open, its path, and the descriptors that the caller of this process had open."""
+
+    path: str
+    reader: Reader
+    not_ours: list[int]
+
+
+def mount(image: Opened, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
     """Mount the image and return when the mount is usable; in the foreground, return when it is unmounted.
 
     Raises a CfsError, with nothing mounted and no process left.
     """
-    not_ours = daemon.open_descriptors()
-    if not options.basedir:
-        raise UsageError("no base directory: name the object store with -o basedir=")
     mountpoint = os.path.realpath(mountpoint)
-    with naming(image_path):
-        reader = Reader(open_image(image_path, options.digest))
-    libfuse_options = _libfuse_options(image_path, options)
+    libfuse_options = _libfuse_options(image.path, options)
     _raise_descriptor_limit()
     # Opened before anything is mounted: a store below the mountpoint is the one underneath.
     directories = BaseDirectories(options.basedir)
@@ -65,40 +64,19 @@ def mount(image_path: str, mountpoint: str, options: MountOptions, *, foreground
         from cfsfuse.fuse import operations, session
         from cfsfuse.vfs import Vfs
 
-        vfs = Vfs(reader, store, space_of_store=options.statfs == "store")
+        vfs = Vfs(image.reader, store, space_of_store=options.statfs == "store")
         adapter = operations.Operations(vfs, uid=options.uid, gid=options.gid)
         with watched(mountpoint) as watch:
             life = _Life(mountpoint, watch, ready)
             run = functools.partial(session.serve, poll=options.poll * 1e-6, life=life)
             trio.run(run, adapter, mountpoint, libfuse_options)
 
-    with _claimed(mountpoint) as claim:
+    with claimed(mountpoint) as claim:
         check_mountpoint(mountpoint)
         if foreground:
             serve(functools.partial(fcntl.flock, claim, fcntl.LOCK_UN))
         else:
-            daemon.launch(serve, [*not_ours, claim])
-
-
-@contextlib.contextmanager
-def _claimed(mountpoint: str) -> Iterator[int]:
-    """Hold a lock on the mount point, so that of two who mount there at once the second sees the first's mount."""
-    try:
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError:
-        # A directory that may not be read can be mounted on; two at once are not kept apart there.
-        fd = os.memfd_create("cfsfuse-claim", os.MFD_CLOEXEC)
-    except OSError as error:
-        dead = error.errno == errno.ENOTCONN
-        remedy = "a dead mount is there, take it away with cfsfuse umount" if dead else "create the directory first"
-        raise UsageError(f"{mountpoint}: mountpoint: {error.strerror}; {remedy}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        # A child has this lock as well, as long as nobody says that it ends.
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+            daemon.launch(serve, [*image.not_ours, claim])
 
 
 class _Life:
@@ -121,24 +99,9 @@ class _Life:
         return self._mount is None or mount_at(self._mountpoint) == self._mount
 
 
-def check_mountpoint(mountpoint: str) -> None:
-    """Raise UsageError unless `mountpoint` is a directory on which nothing of ours is mounted."""
-    there = mount_at(mountpoint)
-    if there is not None and there.fstype == FSTYPE:
-        raise UsageError(f"{mountpoint}: {there.source} is mounted here already; cfsfuse umount {mountpoint}")
-    try:
-        status = os.stat(mountpoint)
-    except OSError as error:
-        raise UsageError(f"{mountpoint}: mountpoint: {error.strerror}; create the directory first") from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"{mountpoint}: mountpoint is not a directory")
-    if not os.access(mountpoint, os.W_OK) and not has_sys_admin():
-        raise HostError(f"{mountpoint}: mountpoint is not writable for this user, as fusermount3 demands")
-
-
 def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
     """Return libfuse's mount options; raise HostError for what this host lacks or forbids."""
-    _check_device()
+    check_device()
     privileged = has_sys_admin()
     if not privileged and shutil.which("fusermount3") is None:
         raise HostError("fusermount3: not found; an ordinary user needs it to mount: install the package fuse3")
@@ -163,7 +126,8 @@ def _libfuse_options(image_path: str, options: MountOptions) -> list[str]:
     return chosen + list(options.flags)
 
 
-def _check_device() -> None:
+def check_device() -> None:
+    """Raise HostError unless this process may use FUSE's device."""
     try:
         os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

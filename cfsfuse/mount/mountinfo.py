@@ -7,6 +7,10 @@ import os
 import re
 from typing import NamedTuple
 
+FUSE_TYPE = "fuse.cfsfuse"
+COMPOSEFS_SOURCE = "composefs"
+"""The source of the overlay mount of every composefs image, as mount.composefs has it too."""
+
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -20,6 +24,11 @@ class Mount(NamedTuple):
     fstype: str
     source: str
     device: str
+
+    @property
+    def is_composefs(self) -> bool:
+        """Whether it is the mount of a composefs image, whoever made it."""
+        return self.fstype == FUSE_TYPE or (self.fstype == "overlay" and self.source == COMPOSEFS_SOURCE)
 
 
 def mount_at(mountpoint: str) -> Mount | None:

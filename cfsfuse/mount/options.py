@@ -6,11 +6,15 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cfsfuse.errors import HostError, UsageError
+from cfsfuse.errors import UsageError
 from cfsfuse.objects import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+AUTO = "auto"
+BACKENDS = (AUTO, "kernel", "fuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +23,8 @@ class MountOptions:
 
     `basedir` are the base directories in search order; `digest` is the expected fs-verity digest of the image in
     lower-case hex; `poll` is in microseconds, None means the default; `flags` go to the kernel as they are (nosuid,
-    dev, noexec …).
+    dev, noexec …). `upperdir` and `workdir` are those of overlayfs; `idmap` is the path of a user namespace;
+    `backend` is one of BACKENDS.
     """
 
     basedir: tuple[str, ...] = ()
@@ -31,17 +36,24 @@ class MountOptions:
     statfs: str = "store"
     poll: int = 100
     log: str | None = None
+    upperdir: str | None = None
+    workdir: str | None = None
+    idmap: str | None = None
+    read_only: bool = False
+    backend: str = AUTO
     flags: tuple[str, ...] = field(default=())
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the tree takes changes: in an upper directory, unless `ro` is said."""
+        return self.upperdir is not None and not self.read_only
 
 
 # Handled by the kernel or fusermount3.
 _KERNEL_FLAGS = frozenset(("nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "sync", "async"))
-# Said by mount(8) and fstab, with nothing to do: the mount is read-only however it is asked for, and never changes a
-# time.
+# Said by mount(8) and fstab, with nothing to do: a mount without an upper directory never changes a time.
 _IGNORED = frozenset(
     [
-        "ro",
-        "rw",
         "defaults",
         "auto",
         "noauto",
@@ -69,14 +81,13 @@ _IGNORED = frozenset(
     ]
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=")
-_NEEDS_KERNEL = frozenset(("upperdir", "workdir", "idmap"))
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{128}")
 
 
 def parse(text: str) -> MountOptions:
     r"""Return the options in `text`, separated by commas; `\,` and `\:` are a comma and a colon in a path.
 
-    Raises UsageError naming the option, or HostError for one that this backend cannot have.
+    Raises UsageError naming the option.
     """
     options = MountOptions()
     items = split(text, ",")
@@ -86,6 +97,9 @@ def parse(text: str) -> MountOptions:
     for item in items:
         if item and item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES):
             options = _with(options, item)
+    if (options.upperdir is None) != (options.workdir is None):
+        lacking = "upperdir" if options.upperdir is None else "workdir"
+        raise UsageError(f"option {lacking}= is missing: overlayfs needs upperdir= and workdir=, on one file system")
     return options
 
 
@@ -99,8 +113,6 @@ def _with(options: MountOptions, item: str) -> MountOptions:
     name, equals, value = item.partition("=")
     if item in _KERNEL_FLAGS:
         return replace(options, flags=(*options.flags, item))
-    if name in _NEEDS_KERNEL:
-        raise HostError(f"{name}=: needs a kernel mount, which cfsfuse does not make yet; a FUSE mount is read-only")
     if not equals and item in _SWITCHES:
         return _SWITCHES[item](options)
     if equals and name in _VALUES:
@@ -139,11 +151,19 @@ def _statfs(options: MountOptions, value: str) -> MountOptions:
     return replace(options, statfs=value)
 
 
+def _backend(options: MountOptions, value: str) -> MountOptions:
+    if value not in BACKENDS:
+        raise UsageError(f"backend={value}: must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+    return replace(options, backend=value)
+
+
 _SWITCHES: dict[str, Callable[[MountOptions], MountOptions]] = {
     "tryverity": lambda options: replace(options, verification=Verification.RECORDED),
     "verity": lambda options: replace(options, verification=Verification.REQUIRED),
     "noverity": lambda options: replace(options, verification=Verification.OFF),
     "allow_other": lambda options: replace(options, allow_other=True),
+    "ro": lambda options: replace(options, read_only=True),
+    "rw": lambda options: replace(options, read_only=False),
     "noallow_other": lambda options: replace(options, allow_other=False),
 }
 _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
@@ -154,4 +174,8 @@ _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "poll": _number("poll", 10_000),
     "statfs": _statfs,
     "log": lambda options, value: replace(options, log=value),
+    "backend": _backend,
+    "upperdir": lambda options, value: replace(options, upperdir=value),
+    "workdir": lambda options, value: replace(options, workdir=value),
+    "idmap": lambda options, value: replace(options, idmap=value),
 }

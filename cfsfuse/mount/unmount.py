@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import subprocess
 
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.mount.fuse import FSTYPE
+from cfsfuse.mount import syscalls
 from cfsfuse.mount.mountinfo import mount_at, users
 from cfsfuse.privilege import has_sys_admin
-
-_MNT_DETACH = 2  # include/linux/fs.h
-_UMOUNT_NOFOLLOW = 8
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
@@ -25,7 +21,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     mounted = mount_at(path)
     if mounted is None:
         raise UsageError(f"{mountpoint}: nothing is mounted here")
-    if mounted.fstype != FSTYPE:
+    if not mounted.is_composefs:
         raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
     take_away = _umount2 if has_sys_admin() else _fusermount
     if take_away(path, lazy=lazy):
@@ -36,13 +32,13 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 def _umount2(path: str, *, lazy: bool) -> bool:
     """Unmount by ourselves; return whether the mount is in use."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) == 0:
-        return False
-    number = ctypes.get_errno()
-    if number == errno.EBUSY:
-        return True
-    raise HostError(f"{path}: cannot unmount: {os.strerror(number)}")
+    try:
+        syscalls.umount(path, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise HostError(f"{path}: cannot unmount: {error.strerror}") from None
+    return False
 
 
 def _fusermount(path: str, *, lazy: bool) -> bool:

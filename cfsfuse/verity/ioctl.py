@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
+from enum import Enum
 from typing import NamedTuple
 
 from cfsfuse.fstype import HAS_VERITY, file_system_type
@@ -23,6 +24,13 @@ _NAMES = {algorithm.number: algorithm.name for algorithm in ALGORITHMS.values()}
 _ABSENT = (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
+class Absence(Enum):
+    """What has no fs-verity, where there is none."""
+
+    FILE = "the file"
+    FILE_SYSTEM = "the file system, or the kernel"
+
+
 class Measured(NamedTuple):
     """A digest that the kernel enforces on every read: hashlib name of the algorithm, and the digest."""
 
@@ -35,17 +43,28 @@ def measure(fd: int) -> Measured | None:
 
     Only file systems are asked that have fs-verity themselves: a FUSE server is asked by the kernel, and may lie.
     """
+    found = _ask(fd)
+    return found if isinstance(found, Measured) else None
+
+
+def absence(fd: int) -> Absence:
+    """Return why `measure` has no digest for a file."""
+    found = _ask(fd)
+    return found if isinstance(found, Absence) else Absence.FILE
+
+
+def _ask(fd: int) -> Measured | Absence:
     if file_system_type(fd) not in HAS_VERITY:
-        return None
+        return Absence.FILE_SYSTEM
     argument = bytearray(_FSVERITY_DIGEST.pack(0, 64, b""))
     try:
         fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)
     except OSError as error:
-        if error.errno in _ABSENT:
-            return None
-        raise
+        if error.errno not in _ABSENT:
+            raise
+        return Absence.FILE if error.errno == errno.ENODATA else Absence.FILE_SYSTEM
     number, size, digest = _FSVERITY_DIGEST.unpack(argument)
-    return Measured(_NAMES[number], digest[:size]) if number in _NAMES else None
+    return Measured(_NAMES[number], digest[:size]) if number in _NAMES else Absence.FILE
 
 
 def enable(fd: int) -> None:

@@ -1,0 +1,257 @@
+"""The kernel's own mount: EROFS shows the metadata, overlayfs above it the contents, from data-only layers.
+
+Neither of the two is attached anywhere before all is well, so an error leaves nothing. Where the kernel is too old for
+that, a temporary directory holds EROFS as long as overlayfs is being put together.
+
+Needs: EROFS (5.4), overlayfs with `metacopy` (4.19); data-only layers (6.5) where there are, else the hidden entries of
+the image's root do without; `verity` (6.6). https://docs.kernel.org/filesystems/overlayfs.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+from typing import TYPE_CHECKING
+
+from cfsfuse.erofs.ondisk import COMPOSEFS_FLAG_HAS_ACL
+from cfsfuse.errors import HostError, ImageDigestMismatch, ImageError, UsageError
+from cfsfuse.imagefile import beginning, check_digest, mapped, naming, sealed_copy
+from cfsfuse.mount import syscalls
+from cfsfuse.mount.layers import opened_layers
+from cfsfuse.mount.mountinfo import COMPOSEFS_SOURCE
+from cfsfuse.mount.mountpoint import check_mountpoint, claimed
+from cfsfuse.mount.syscalls import Context, closing
+from cfsfuse.objects import Verification
+from cfsfuse.verity.ioctl import measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cfsfuse.mount.layers import Layers
+    from cfsfuse.mount.options import MountOptions
+
+_VERITY = {Verification.OFF: None, Verification.RECORDED: "on", Verification.REQUIRED: "require"}
+_ATTRIBUTES = {
+    "nosuid": syscalls.ATTR_NOSUID,
+    "nodev": syscalls.ATTR_NODEV,
+    "noexec": syscalls.ATTR_NOEXEC,
+}
+# redirect_dir and metacopy are what the image's xattrs need.
+_PARAMETERS = {"source": COMPOSEFS_SOURCE, "metacopy": "on", "redirect_dir": "on"}
+_NO_DESCRIPTORS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # as overlayfs of different ages says it
+NO_VERITY = "overlayfs of this kernel does not verify: that needs Linux 6.6; noverity mounts without it"
+_NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
+_CLONE_NEWUSER = 0x10000000
+
+
+class _TooOldError(Exception):
+    """The kernel lacks a part of the new mount calls: fsopen(2) itself, or overlayfs' `lowerdir+`."""
+
+
+def mount(image_path: str, mountpoint: str, options: MountOptions) -> None:
+    """Mount the image; raise a CfsError, with nothing mounted and no loop device taken."""
+    mountpoint = os.path.realpath(mountpoint)
+    try:
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(_image(image_path, options.digest))
+            has_acl = bool(beginning(image).header.flags & COMPOSEFS_FLAG_HAS_ACL)
+            layers = stack.enter_context(opened_layers(options))
+            user_namespace = stack.enter_context(_user_namespace(options.idmap)) if options.idmap else None
+            stack.enter_context(claimed(mountpoint))
+            check_mountpoint(mountpoint)
+            erofs = _Erofs(image, has_acl=has_acl, user_namespace=user_namespace)
+            try:
+                _mount(erofs, layers, mountpoint, options)
+            except _TooOldError:
+                _mount_the_old_way(erofs, layers, mountpoint, options)
+    except OSError as error:
+        raise HostError(f"{mountpoint}: the kernel does not mount this: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _image(path: str, digest: str | None) -> Iterator[int]:
+    """Yield a descriptor of the image: of the file itself where that will do, else of a copy that nobody can change.
+
+    A digest holds for the file itself when the kernel enforces it there.
+    """
+    with naming(path), closing(_open(path)) as fd:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ImageError("image", "not a regular file")
+        beginning(fd).require_composefs()
+        measured = None if digest is None else measure(fd)
+        if digest is None:
+            yield fd
+        elif measured is None:
+            with closing(sealed_copy(fd, path)) as copy:
+                check_digest(path, mapped(copy, path), digest)
+                yield copy
+        elif measured.value.hex() == digest:
+            yield fd
+        else:
+            raise ImageDigestMismatch(path, digest, measured.value.hex())
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise ImageError("image", f"cannot be opened: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _user_namespace(path: str) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"idmap={path}: {error.strerror}") from None
+    with closing(fd):
+        try:
+            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+        except OSError:
+            kind = 0
+        if kind != _CLONE_NEWUSER:
+            raise UsageError(f"idmap={path}: not a user namespace; name one as /proc/PID/ns/user")
+        yield fd
+
+
+class _Erofs:
+    """The EROFS mount of an image."""
+
+    def __init__(self, image: int, *, has_acl: bool, user_namespace: int | None) -> None:
+        self._image = image
+        self._has_acl = has_acl
+        self._user_namespace = user_namespace
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[int]:
+        """Yield the descriptor of a mount that is attached nowhere: from the file where the kernel can (6.12)."""
+        try:
+            mount = self._make(f"/proc/self/fd/{self._image}")
+        except OSError as error:
+            if error.errno != errno.ENOTBLK:
+                raise
+            with syscalls.loop_device(self._image) as device:
+                mount = self._make(device)
+        with closing(mount):
+            if self._user_namespace is not None:
+                syscalls.set_idmap(mount, self._user_namespace)
+            yield mount
+
+    def _make(self, source: str) -> int:
+        with Context("erofs") as context:
+            context.set("source", source)
+            context.set("ro")
+            if not self._has_acl:
+                # A kernel without ACLs does not know the option, and does not need it.
+                with contextlib.suppress(OSError):
+                    context.set("noacl")
+            return context.mount(syscalls.ATTR_RDONLY)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[str]:
+        """Yield the directory, a temporary one, at which EROFS is mounted as long as the block runs."""
+        with contextlib.ExitStack() as stack:
+            directory = tempfile.mkdtemp(prefix=".composefs.")
+            stack.callback(os.rmdir, directory)
+            self._attach(directory)
+            stack.callback(syscalls.umount, directory, syscalls.MNT_DETACH)
+            yield directory
+
+    def _attach(self, directory: str) -> None:
+        try:
+            with self.detached() as mount:
+                syscalls.move_mount(mount, directory)
+        except OSError as error:
+            if error.errno != errno.ENOSYS or self._user_namespace is not None:
+                raise
+            with syscalls.loop_device(self._image) as device:
+                syscalls.old_mount(device, directory, "erofs", syscalls.ATTR_RDONLY, "" if self._has_acl else "noacl")
+
+
+def _mount(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            lower = stack.enter_context(erofs.detached())
+            context = stack.enter_context(Context("overlay"))
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise _TooOldError from None
+            raise
+        if context.takes_anything():
+            raise _TooOldError
+        for key, layer in _by_key(lower, layers):
+            _set_layer(context, key, layer)
+        for key, value in _PARAMETERS.items():
+            context.set(key, value)
+        if verity := _VERITY[options.verification]:
+            _set_verity(context, verity)
+        mount = stack.enter_context(closing(context.mount(_attributes(options))))
+        syscalls.move_mount(mount, mountpoint)
+
+
+def _by_key(lower: int, layers: Layers) -> Iterator[tuple[str, int]]:
+    yield "lowerdir+", lower
+    for fd in layers.data:
+        yield "datadir+", fd
+    if layers.upper is not None and layers.work is not None:
+        yield "upperdir", layers.upper
+        yield "workdir", layers.work
+
+
+def _set_layer(context: Context, key: str, layer: int) -> None:
+    """Add a layer, as a descriptor (6.13) or as the magic link to it (6.7)."""
+    try:
+        context.set(key, layer)
+    except OSError as error:
+        if error.errno not in _NO_DESCRIPTORS:
+            raise
+        try:
+            context.set(key, f"/proc/self/fd/{layer}")
+        except OSError as again:
+            if again.errno == errno.EINVAL and key == "lowerdir+":
+                raise _TooOldError from None
+            raise
+
+
+def _set_verity(context: Context, verity: str) -> None:
+    try:
+        context.set("verity", verity)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise HostError(NO_VERITY) from None
+        raise
+
+
+def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
+    """Mount by mount(2). The layers go in as magic links to descriptors, which need no escaping."""
+    verity = _VERITY[options.verification]
+    with erofs.attached() as directory, closing(os.open(directory, os.O_PATH | os.O_CLOEXEC)) as lower:
+        writable = "".join(f",{key}=/proc/self/fd/{fd}" for key, fd in _by_key(lower, layers) if key[-1] != "+")
+        lowers = [f"/proc/self/fd/{fd}" for fd in (lower, *layers.data)]
+        parameters = ",".join(f"{key}={value}" for key, value in _PARAMETERS.items() if key != "source")
+        # Data-only layers since 6.5; `verity` since 6.6, and only with them.
+        for separator in ("::", ":"):
+            data = f"{parameters},lowerdir={separator.join(lowers)}{writable}"
+            data += f",verity={verity}" if verity else ""
+            try:
+                syscalls.old_mount(COMPOSEFS_SOURCE, mountpoint, "overlay", _attributes(options), data)
+            except OSError as error:
+                if error.errno != errno.EINVAL or separator == ":":
+                    raise
+                if verity:
+                    raise HostError(NO_VERITY) from None
+            else:
+                return
+
+
+def _attributes(options: MountOptions) -> int:
+    """Return the flags of the mount: the same bits in the new calls and in mount(2)."""
+    flags = dict.fromkeys(("nosuid", "nodev"), True)
+    for flag in options.flags:
+        flags[flag if flag in _ATTRIBUTES else "no" + flag] = flag in _ATTRIBUTES
+    attributes = sum(_ATTRIBUTES[flag] for flag, is_set in flags.items() if is_set and flag in _ATTRIBUTES)
+    return attributes | (0 if options.is_writable else syscalls.ATTR_RDONLY)

@@ -1,0 +1,53 @@
+"""Mounting an image by the backend that the options and the host allow: what `cfsfuse mount` does."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from cfsfuse.erofs.reader import Reader
+from cfsfuse.errors import UsageError
+from cfsfuse.imagefile import naming, open_image
+from cfsfuse.mount import daemon, fuse, kernel
+from cfsfuse.mount.plan import Backend, choose, judge
+from cfsfuse.mount.probe import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cfsfuse.mount.options import MountOptions
+    from cfsfuse.mount.plan import Verdict
+
+
+def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> Backend:
+    """Mount an image and return, when the mount is usable, by which backend; in the foreground, when it is unmounted.
+
+    Raises a CfsError, with nothing mounted and no process left.
+    """
+    not_ours = daemon.open_descriptors()
+    if not options.basedir:
+        raise UsageError("no base directory: name the object store with -o basedir=")
+    reader = reader_of(image, options.digest)
+    backend = choose(options, Host(reader, options.basedir).look, foreground=foreground)
+    if backend is Backend.KERNEL:
+        kernel.mount(image, mountpoint, options)
+    else:
+        fuse.mount(fuse.Opened(image, reader(), not_ours), mountpoint, options, foreground=foreground)
+    return backend
+
+
+def explain(image: str, options: MountOptions, *, foreground: bool) -> list[Verdict]:
+    """Return what speaks against each backend for an image, the preferred first."""
+    host = Host(reader_of(image, options.digest), options.basedir)
+    return list(judge(options, host.look, foreground=foreground))
+
+
+def reader_of(image: str, digest: str | None) -> Callable[[], Reader]:
+    """Return what opens an image, once, when somebody needs it; it must have `digest`, if that is given."""
+
+    @functools.cache
+    def reader() -> Reader:
+        with naming(image):
+            return Reader(open_image(image, digest))
+
+    return reader

@@ -1,0 +1,94 @@
+"""Options and what the host has → the backend of a mount. Pure: nothing is looked at here, `probe.py` does that.
+
+The first backend of the ladder that can keep the promise asked for is taken. One that would verify less than that is
+never taken: who wants it says `noverity`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from cfsfuse.errors import HostError
+from cfsfuse.mount.options import AUTO
+from cfsfuse.objects import Verification
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cfsfuse.mount.options import MountOptions
+
+
+class Backend(Enum):
+    """The ways to mount an image, the preferred first. docs/backends.md says what each needs and gives."""
+
+    KERNEL = "kernel"
+    FUSE = "fuse"
+
+
+class Fact(Enum):
+    """What a host may have, and how people call it."""
+
+    MOUNT = "mounts without a helper"
+    KERNEL_VIEW = "kernel mounts of composefs images"
+    OVERLAY_VERITY = "overlayfs that verifies"
+    OBJECTS_VERITY = "objects with fs-verity"
+    FUSE = "/dev/fuse"
+    FUSE_MOUNT = "FUSE mounts"
+
+
+class Verdict(NamedTuple):
+    """What keeps a backend from being taken: nothing, when there are no `problems`."""
+
+    backend: Backend
+    problems: list[str]
+
+
+def judge(options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool = False) -> Iterator[Verdict]:
+    """Yield a verdict for each backend, the preferred first, with all that speaks against it.
+
+    `look` says what is wrong with a fact and what would put it right, None when nothing is.
+    """
+    for backend in Backend:
+        yield Verdict(backend, list(_problems(backend, options, look, foreground=foreground)))
+
+
+def choose(options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool = False) -> Backend:
+    """Return the backend for `options`, looking at no more facts than needed; raise HostError when there is none."""
+    refused = []
+    for backend in Backend:
+        if options.backend in (AUTO, backend.value):
+            problem = next(_problems(backend, options, look, foreground=foreground), None)
+            if problem is None:
+                return backend
+            refused.append(f"{backend.value} backend: {problem}")
+    raise HostError("; ".join(refused))
+
+
+def _problems(
+    backend: Backend, options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool
+) -> Iterator[str]:
+    yield from (f"{name}= is not for it" for name in _CANNOT[backend] if getattr(options, name) is not None)
+    if backend is Backend.KERNEL:
+        if options.allow_other is False:
+            yield "noallow_other is not for it: such a mount is there for everybody"
+        if foreground and options.backend == AUTO:
+            yield "--foreground is for a server, which it has not"
+    for fact in _needs(backend, options):
+        problem = look(fact)
+        if problem is not None:
+            yield problem
+
+
+_CANNOT = {Backend.KERNEL: ("uid", "gid"), Backend.FUSE: ("upperdir", "idmap")}
+
+
+def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
+    """Yield the facts that a backend needs, in the order of what it costs to look at them."""
+    if backend is Backend.FUSE:
+        yield from (Fact.FUSE, Fact.FUSE_MOUNT)
+        return
+    yield Fact.MOUNT
+    if options.verification is not Verification.OFF:
+        yield from (Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY)
+    yield Fact.KERNEL_VIEW

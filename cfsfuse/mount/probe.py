@@ -1,0 +1,221 @@
+"""What this host has: tried out, not concluded from version numbers. Each problem comes with what would put it right.
+
+What a try changes, it changes in a child process with a mount namespace of its own, so nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import stat
+import tempfile
+from typing import TYPE_CHECKING
+
+from cfsfuse.basedirs import BaseDirectories
+from cfsfuse.erofs.writer import write
+from cfsfuse.errors import CfsError, HostError, ObjectError
+from cfsfuse.mount import kernel, syscalls
+from cfsfuse.mount.fuse import check_device
+from cfsfuse.mount.options import MountOptions
+from cfsfuse.mount.plan import Fact
+from cfsfuse.mount.syscalls import Context
+from cfsfuse.objects import Verification
+from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
+from cfsfuse.tree import Directory, Entry, External, Stat
+from cfsfuse.verity.ioctl import Absence, absence, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cfsfuse.erofs.reader import Reader
+
+_SAMPLE = 8  # objects that are asked for their fs-verity: a store is filled by tools, and all of it alike
+_CONTENT = b"the kernel shows this file"
+_ALL_WELL = b"\0"
+
+
+class Host:
+    """Looks at each fact once, when somebody asks.
+
+    `reader` gives the image whose objects, below the directories `basedir`, are meant; without one there are none.
+    """
+
+    def __init__(self, reader: Callable[[], Reader] | None = None, basedir: tuple[str, ...] = ()) -> None:
+        self._reader = reader
+        self._basedir = basedir
+        self._known: dict[Fact, str | None] = {}
+
+    def look(self, fact: Fact) -> str | None:
+        """Return what is wrong with a fact and what would put it right; None when nothing is."""
+        if fact not in self._known:
+            try:
+                self._known[fact] = self._find_out(fact)
+            except OSError as error:
+                self._known[fact] = f"cannot be tried out: {error.strerror}"
+        return self._known[fact]
+
+    def _find_out(self, fact: Fact) -> str | None:
+        if fact is Fact.OBJECTS_VERITY:
+            return self._objects()
+        return _TRIES[fact]()
+
+    def _objects(self) -> str | None:
+        """Return why the kernel would not verify an object, going by the first few of the image."""
+        if self._reader is None:
+            return "no image was named whose objects could be asked"
+        directories = BaseDirectories(self._basedir)
+        try:
+            for node in itertools.islice(_with_digest(self._reader()), _SAMPLE):
+                problem = _object_problem(directories, node)
+                if problem is not None:
+                    return problem
+        finally:
+            directories.close()
+        return None
+
+
+def _with_digest(reader: Reader) -> Iterator[External]:
+    for _, inode in reader.walk():
+        node = reader.node(inode) if inode.is_regular else None
+        if isinstance(node, External) and node.digest is not None and node.path is not None:
+            yield node
+
+
+def _object_problem(directories: BaseDirectories, node: External) -> str | None:
+    path = os.fsdecode(node.path or b"")
+    try:
+        descriptor = directories.open(node.path or b"")
+    except ObjectError:
+        return None  # missing or unreadable for every backend
+    known = measure(descriptor.fd)
+    if known is None:
+        return f"object {path} has no fs-verity: {_REMEDIES[absence(descriptor.fd)]}"
+    if node.digest is None or known.value != node.digest.value:
+        return f"object {path} has another fs-verity digest than the image records"
+    return None
+
+
+_REMEDIES = {
+    Absence.FILE: "enable it with fsverity(1), or fill the store anew with cfsfuse mk",
+    Absence.FILE_SYSTEM: "its file system, or this kernel, has none; on ext4, tune2fs -O verity enables it",
+}
+
+
+def _mount() -> str | None:
+    if not has_sys_admin():
+        return "needs CAP_SYS_ADMIN: run as root, or inside unshare -Urm"
+    try:
+        with Context("tmpfs") as context:
+            os.close(context.mount(syscalls.ATTR_RDONLY))
+    except OSError as error:
+        return f"this container forbids mounting: {error.strerror}"
+    return None
+
+
+def _overlay_verity() -> str | None:
+    try:
+        with Context("overlay") as context:
+            if context.takes_anything():
+                return kernel.NO_VERITY
+            context.set("verity", "on")
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return "this kernel has no overlayfs: modprobe overlay"
+        return kernel.NO_VERITY if error.errno == errno.EINVAL else f"overlayfs: {error.strerror}"
+    return None
+
+
+def _kernel_view() -> str | None:
+    """Let the kernel show a tree with one file, and read that."""
+    problem = _erofs()
+    if problem is not None:
+        return problem
+    with tempfile.TemporaryDirectory(prefix="cfsfuse-probe-") as directory:
+        image, objects, mountpoint = (os.path.join(directory, name) for name in ("image", "objects", "mnt"))
+        os.makedirs(os.path.join(objects, "aa"))
+        os.mkdir(mountpoint)
+        with open(os.path.join(objects, "aa/object"), "wb") as file:
+            file.write(_CONTENT)
+        with open(image, "wb") as file:
+            file.writelines(write(_tree()))
+        return _in_child(lambda: _read_through_kernel(image, objects, mountpoint))
+
+
+def _erofs() -> str | None:
+    """Return why EROFS cannot be mounted at all; without a source, the kernel gets no further than to tell."""
+    try:
+        with Context("erofs") as context:
+            os.close(context.mount(syscalls.ATTR_RDONLY))
+    except OSError as error:
+        return _NO_EROFS.get(error.errno or 0)
+    return None
+
+
+_NO_EROFS = {
+    errno.ENODEV: "this kernel has no EROFS: modprobe erofs",
+    errno.EPERM: "only root outside of user namespaces may mount EROFS",
+}
+
+
+def _tree() -> Entry:
+    file = External(Stat(stat.S_IFREG | 0o644, 1, 0, 0, 0, len(_CONTENT), 0), {}, b"aa/object", None)
+    return Entry(Directory(Stat(stat.S_IFDIR | 0o755, 2, 0, 0, 0, 0, 0), {}), {b"file": Entry(file)})
+
+
+def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
+    kernel.mount(image, mountpoint, MountOptions(basedir=(objects,), verification=Verification.OFF))
+    with open(os.path.join(mountpoint, "file"), "rb") as file:
+        if file.read() != _CONTENT:
+            raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
+
+
+def _in_child(run: Callable[[], None]) -> str | None:
+    """Run in a child process with a mount namespace of its own; return what it raises, as text."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        try:
+            syscalls.unshare_mounts()
+            run()
+            os.write(writing, _ALL_WELL)
+        except (CfsError, OSError) as error:
+            os.write(writing, str(error).encode(errors="backslashreplace"))
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    if said == _ALL_WELL:
+        return None
+    return said.decode() or "the process that tried it has crashed"
+
+
+def _device() -> str | None:
+    try:
+        check_device()
+    except HostError as error:
+        return str(error)
+    return None
+
+
+def _fuse_mount() -> str | None:
+    if has_sys_admin():
+        return None
+    if shutil.which("fusermount3") is None:
+        return "fusermount3: not found; install the package fuse3"
+    if has_no_new_privileges():
+        return "fusermount3 has no privileges here (no_new_privs): mount outside, or inside a user namespace"
+    return None
+
+
+_TRIES = {
+    Fact.MOUNT: _mount,
+    Fact.KERNEL_VIEW: _kernel_view,
+    Fact.OVERLAY_VERITY: _overlay_verity,
+    Fact.FUSE: _device,
+    Fact.FUSE_MOUNT: _fuse_mount,
+}
