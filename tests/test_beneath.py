@@ -6,12 +6,13 @@ import ctypes
 import errno
 import gc
 import os
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cfsfuse import beneath
-from cfsfuse.beneath import open_beneath
+from cfsfuse.beneath import open_beneath, status_beneath
 from tests.support import time_limit
 
 if TYPE_CHECKING:
@@ -111,6 +112,19 @@ def test_everything_else_is_refused(directory: int, path: bytes, number: int | N
         assert caught.value.errno in (errno.ELOOP, errno.ENOTDIR)
     else:
         assert caught.value.errno == number
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_there_is_seen_without_being_opened(directory: int) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    kinds = {b"file": stat.S_IFREG, b"a": stat.S_IFDIR, b"a/link": stat.S_IFLNK, b"up": stat.S_IFLNK}
+    for path, kind in {**kinds, b"fifo": stat.S_IFIFO, b"a/b/deep": stat.S_IFREG}.items():
+        status = status_beneath(directory, path)
+        assert stat.S_IFMT(status.st_mode) == kind
+        assert status.st_ino == os.lstat(os.path.join(b"/proc/self/fd/%d" % directory, path)).st_ino
+    for path in (b"up/secret", b"a/link/deep", b"a/../file", b"none", b"/etc"):
+        with pytest.raises(OSError, match=r"."):
+            status_beneath(directory, path)
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 

@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 ROOT = os.path.dirname(HERE)
 HERE_ONLY = Options(processes=1)
 LARGE = (1 << 20) + 5000
+# Since Python 3.12 forking warns where threads run, and the one that pytest's faulthandler_timeout starts counts.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 is_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -158,6 +161,35 @@ def test_small_trees_start_no_workers(source: Path, options: Options, monkeypatc
     assert set(nodes(source, options)) == {b"", b"one", b"two"}
 
 
+def test_beside_threads_there_are_no_workers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    (source / "one").write_bytes(random_bytes(100))
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert set(nodes(source, Options(processes=2))) == {b"", b"one"}
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_large_files_are_read_first(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "_WORTH_WORKERS", 1 << 30)
+    for name, size in (("a", 100), ("b", LARGE), ("c", LARGE + 1)):
+        (source / name).write_bytes(bytes(size))
+    read: list[bytes] = []
+    file = Hasher.file
+
+    def note(self: Hasher, directory: int, expected: hashing.Expected, *more: object) -> object:
+        read.append(expected[0])
+        return file(self, directory, expected, *more)  # type: ignore[arg-type]  # as they come
+
+    monkeypatch.setattr(Hasher, "file", note)
+    scan(str(source), Options(processes=2))
+    assert read == [b"c", b"b", b"a"]
+
+
 @is_root
 def test_devices(source: Path) -> None:
     numbers = {"null": (1, 3), "big": (259, 0x12345), "whiteout": (0, 0)}
@@ -236,6 +268,11 @@ def test_xattrs_of_files_and_directories(source: Path, options: Options) -> None
     for file in (b"empty", b"inline", b"object", b"large"):
         assert found[file].xattrs == {b"user.name": file, b"user.empty": b""}
     assert found[b"dir"].xattrs == {b"user.\xff": b"\xfe" * 1000}
+    (source / "twin").write_bytes(b"twin")
+    for name in ("user.name", "user.empty"):
+        os.setxattr(source / "twin", name, os.getxattr(source / "object", name))
+    again = nodes(source, options)
+    assert again[b"twin"].xattrs is again[b"object"].xattrs, "equal ones are kept once"
     assert found[b"none"].xattrs == found[b""].xattrs == {}
     without = nodes(source, Options(xattrs=Xattrs.NONE, processes=options.processes))
     assert not any(node.xattrs for node in without.values())
@@ -509,6 +546,34 @@ def test_a_file_that_changes_while_it_is_read(
 
     monkeypatch.setattr(hashing, "read_xattrs", change)
     expect_failure(source, options, "file", "it has changed while it was read")
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "fifo"])
+@pytest.mark.parametrize("act", ["touch", "replace"])
+def test_what_has_no_content_and_changes_while_it_is_read(
+    source: Path, monkeypatch: pytest.MonkeyPatch, kind: str, act: str
+) -> None:
+    path = source / "node"
+    make: dict[str, Callable[[], object]] = {
+        "empty": path.touch,
+        "link": lambda: path.symlink_to("somewhere"),
+        "fifo": lambda: os.mkfifo(path),
+    }
+    make[kind]()
+    xattrs = hashing.read_xattrs
+
+    def change(target: int | bytes, prefix: str | None) -> dict[bytes, bytes]:
+        if isinstance(target, bytes):
+            let_the_clock_tick()
+            if act == "replace":
+                path.rename(source.parent / "old")
+                make[kind]()
+            else:
+                os.utime(path, ns=(0, 0), follow_symlinks=False)
+        return xattrs(target, prefix)
+
+    monkeypatch.setattr(builder, "read_xattrs", change)
+    expect_failure(source, HERE_ONLY, "node", "it has changed while it was read")
 
 
 def test_a_large_file_that_is_cut_short_while_it_is_read(

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ from cfsfuse.builder.scan import Options, scan
 from cfsfuse.builder.staging import Staging
 from cfsfuse.builder.store import StoreWriter, Summary
 from cfsfuse.errors import SourceError, StoreError
+from cfsfuse.fstype import LOCAL
 from cfsfuse.objects import WHOLE_FILE_MAX
 from cfsfuse.verity import ioctl
 from cfsfuse.verity.digest import SHA256
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 ROOT = os.path.dirname(HERE)
 SMALL = random_bytes(1000)
 LARGE = random_bytes(WHOLE_FILE_MAX + 5000)
+# Since Python 3.12 forking warns where threads run, and the one that pytest's faulthandler_timeout starts counts.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 is_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
@@ -46,6 +50,7 @@ is_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let workers start for the smallest tree; let no test leave a descriptor or a process, or wait for ever."""
     monkeypatch.setattr(contents, "_WORTH_WORKERS", 0)
+    monkeypatch.setattr(staging, "file_system_type", lambda _fd: next(iter(LOCAL)))
     before = set(os.listdir("/proc/self/fd"))
     with time_limit(60):
         yield
@@ -242,13 +247,79 @@ def test_large_files_are_copied_somehow(base: Path, source: Path, monkeypatch: p
     assert files(base) == expected_of(source)
 
 
-def test_objects_are_readable_by_all_whatever_the_umask(base: Path, source: Path, options: Options) -> None:
+def test_a_disk_that_is_full_while_a_file_is_copied(
+    base: Path, source: Path, monkeypatch: pytest.MonkeyPatch, options: Options
+) -> None:
+    """It is not tried in another way, which would go on where there is room for it."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        build(source, base, options)
+    assert not base.exists()
+
+
+@pytest.mark.parametrize("verity", ["none", "enabled"])
+def test_a_copy_is_measured(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verity: str) -> None:
+    """A file that is written through a mapping changes without a trace in its times, once that page is dirty."""
+    if verity == "none":
+        monkeypatch.setattr(ioctl, "enable", refused)
+    else:
+        Verity(monkeypatch)  # which measures nothing
+    path = tmp_path / "file"
+    path.write_bytes(LARGE)
+    copy = store._copy
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[5000] ^= 1
+
+        def change(source: int, target: int, size: int) -> None:
+            before = os.stat(path)
+            mapping[5000] ^= 1
+            copy(source, target, size)
+            assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+
+        monkeypatch.setattr(store, "_copy", change)
+        with StoreWriter(str(base)) as writer:
+            with pytest.raises(SourceError, match="it has changed while it was read"):
+                writer.add_file(file.fileno())
+            writer.add(SMALL)
+            writer.publish()
+    assert files(base) == {name_of(SMALL): SMALL}
+
+
+def refused(_fd: int) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_a_large_file_that_changes_while_it_is_measured(
+    base: Path, source: Path, monkeypatch: pytest.MonkeyPatch, options: Options
+) -> None:
+    measure = hashing.measure_file
+
+    def change(*arguments: object) -> bytes:
+        digest = measure(*arguments)  # type: ignore[arg-type]  # as they come
+        time.sleep(0.02)  # a tick of the clock that times of files come from
+        (source / "large").chmod(0o600)
+        return digest
+
+    monkeypatch.setattr(store, "measure_file", change)
+    (source / "larger").unlink()
+    with pytest.raises(SourceError, match="large: it has changed while it was read"):
+        build(source, base, options)
+
+
+def test_objects_are_readable_by_all_and_directories_as_the_umask_says(
+    base: Path, source: Path, options: Options
+) -> None:
     before = os.umask(0o077)
     try:
         build(source, base, options)
     finally:
         os.umask(before)
     assert {stat.S_IMODE(os.stat(base / name).st_mode) for name in files(base)} == {0o444}
+    assert {stat.S_IMODE(os.stat(folder).st_mode) for folder, _, _ in os.walk(base)} == {0o700}
 
 
 def test_the_store_may_be_a_symlink(base: Path, tmp_path: Path) -> None:
@@ -461,7 +532,10 @@ def test_a_descriptor_that_stays_is_not_waited_for_forever(
     verity.error = errno.ETXTBSY
     with StoreWriter(str(base)) as writer:
         writer.add(SMALL)
+        verity.error = 0
+        writer.add(b"the next one")
     assert writer.summary.verity_problem == os.strerror(errno.ETXTBSY)
+    assert verity.enabled == 2  # the probe, and the next one
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -583,6 +657,25 @@ def test_a_disk_that_fails_at_the_end_publishes_nothing(
     assert not base.exists()
 
 
+def test_what_another_build_has_named_is_on_the_disk_before_it_is_relied_on(
+    source: Path, base: Path, monkeypatch: pytest.MonkeyPatch, options: Options
+) -> None:
+    synced: list[int] = []
+
+    def sync(fd: int) -> int:
+        synced.append(fd)
+        return 0
+
+    monkeypatch.setattr(staging, "_syncfs", sync)
+    for expected in (2, 1):  # before and after the names are given, and with nothing new
+        build(source, base, options)
+        assert len(synced) == expected
+        synced.clear()
+    with StoreWriter(str(base)) as writer:
+        writer.publish()
+    assert synced == []
+
+
 def test_without_syncfs_everything_is_synced(source: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_fd: int) -> int:
         ctypes.set_errno(errno.ENOSYS)
@@ -614,6 +707,72 @@ def test_planted_symlinks_lead_nowhere(base: Path, tmp_path: Path, what: str, wh
             act()
     assert os.listdir(outside) == []
     assert leftovers(base) == []
+
+
+def test_a_directory_that_becomes_a_symlink_between_two_objects(base: Path, tmp_path: Path) -> None:
+    """What it leads to is not believed to be in the store."""
+    prefix = name_of(SMALL)[:2]
+    other = next(content for content in map(b"%d".__mod__, range(100_000)) if name_of(content)[:2] == prefix)
+    put(base, SMALL)
+    put(tmp_path / "outside", other)
+    with StoreWriter(str(base)) as writer:
+        writer.add(SMALL)
+        (base / prefix).rename(tmp_path / "moved")
+        (base / prefix).symlink_to(tmp_path / "outside" / prefix, target_is_directory=True)
+        with pytest.raises(StoreError, match=f"{prefix}: object store: is a symbolic link"):
+            writer.add(other)
+
+
+@pytest.mark.parametrize("how", ["mode", "content", pytest.param("owner", marks=is_root)])
+def test_a_staging_directory_that_is_swapped_as_it_is_made(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    base.mkdir()
+    mkdir = os.mkdir
+    swapped: list[Path] = []
+
+    def swap(path: str | bytes, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        if dir_fd is None or swapped:
+            return
+        swapped.append(base / os.fsdecode(path))
+        swapped[0].rename(tmp_path / "ours")
+        mkdir(swapped[0], 0o700)
+        if how == "mode":
+            swapped[0].chmod(0o770)
+        elif how == "owner":
+            os.chown(swapped[0], 65534, -1)
+        else:
+            (swapped[0] / name_of(SMALL)[:2]).symlink_to(tmp_path, target_is_directory=True)
+
+    monkeypatch.setattr(os, "mkdir", swap)
+    with pytest.raises(StoreError, match="staging directory is not this user's alone"), StoreWriter(str(base)):
+        pass
+    assert swapped
+
+
+def test_a_writer_that_is_not_open_does_nothing(base: Path) -> None:
+    def check() -> None:
+        acts: list[Callable[[], object]] = [
+            writer.publish,
+            lambda: writer.add(SMALL),
+            lambda: writer.add(LARGE),
+            lambda: writer.descriptors,
+        ]
+        for act in acts:
+            with pytest.raises(StoreError, match="is not open for writing"):
+                act()
+
+    writer = StoreWriter(str(base))
+    check()
+    with writer:
+        place = writer._staging
+    assert (place.store, place.directory) == (-1, -1)
+    fd = os.open("/", os.O_RDONLY)  # it may get the number of one that has been closed
+    place.remove()
+    os.fstat(fd)
+    os.close(fd)
+    check()
 
 
 def test_a_file_where_a_directory_belongs(base: Path) -> None:
@@ -725,6 +884,27 @@ def test_what_a_killed_build_has_left_is_removed(base: Path) -> None:
     with StoreWriter(str(base)):
         assert not left.exists()
     assert (base.parent / "precious").exists()
+
+
+def test_what_is_left_by_a_build_that_dies_during_ours_is_removed_at_the_end(base: Path) -> None:
+    left = base / NAME
+    left.mkdir(parents=True)
+    lock = os.open(left, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with StoreWriter(str(base)):
+        assert left.exists()
+        os.close(lock)
+    assert not left.exists()
+
+
+def test_where_locks_may_be_unseen_only_what_is_old_is_removed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "file_system_type", lambda _fd: 0x6969)  # include/uapi/linux/magic.h: NFS
+    left = base / NAME
+    left.mkdir(parents=True)
+    with StoreWriter(str(base)):
+        assert left.exists()
+        os.utime(left, (0, time.time() - 25 * 3600))
+    assert not left.exists()
 
 
 def test_what_only_looks_like_it_is_left_alone(base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cfsfuse.builder import workers as module
 from cfsfuse.builder.workers import Answer, Workers
 from cfsfuse.errors import HostError
 from tests.support import HERE, time_limit
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = os.path.dirname(HERE)
+# Since Python 3.12 forking warns where threads run, and the one that pytest's faulthandler_timeout starts counts.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +121,38 @@ def test_a_killed_worker_is_an_error(number: signal.Signals) -> None:
         workers.submit(0, int(number))
         with pytest.raises(HostError, match=rf"worker process \d+ was killed by {number.name}"):
             all_answers(workers)
+
+
+def test_a_worker_killed_by_a_signal_without_a_name_is_an_error() -> None:
+    with Workers[int](1, lambda job, _note: os.kill(os.getpid(), job)) as workers:
+        workers.submit(0, signal.SIGRTMIN + 3)
+        with pytest.raises(HostError, match=rf"was killed by signal {signal.SIGRTMIN + 3}$"):
+            all_answers(workers)
+
+
+def test_an_interrupt_while_a_worker_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = os.fork
+
+    def interrupted() -> int:
+        pid = fork()
+        if pid:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt), Workers[int](1, double) as workers:
+        workers.submit(0, 0)
+
+
+def test_a_worker_whose_parent_has_died_before_it_asked_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_prctl", lambda *_: 0)
+    pid = os.fork()
+    if not pid:
+        try:
+            module._detach({0, 1, 2}, os.getpid())  # this is not its parent
+        finally:
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_a_worker_that_has_died_is_noticed_at_the_next_job() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import heapq
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from cfsfuse.builder.hashing import INLINE_MAX, NO_XATTRS, Hasher
+from cfsfuse.builder.hashing import INLINE_MAX, NO_XATTRS, SOURCE, Hasher
 from cfsfuse.builder.store import object_path
 from cfsfuse.builder.workers import Workers
 from cfsfuse.erofs.overlay import Digest
@@ -33,6 +34,7 @@ _BATCH_FILES = 128
 _BATCH_BYTES = 2 << 20
 _WORTH_WORKERS = 4 << 20  # bytes: hashing fewer takes less time than starting and ending workers
 _FILE_COST = 8192  # bytes that take as long to hash as a file takes to be opened and looked at
+_XATTRS_KEPT = 512  # different dictionaries of xattrs
 _REPORT_INTERVAL = 0.1  # seconds
 
 
@@ -79,7 +81,9 @@ class _Job:
 class Contents:
     """Reads files below the descriptor `root`, called `source` in errors, into `store` if there is one.
 
-    A context manager: workers end with it. With one process, everything is read by this one as it is added.
+    A context manager: workers end with it. With one process, everything is read by this one as it is added. Where
+    threads run it is read by this one as well, at the end: a lock that one of them holds is held in a fork for ever.
+    Nodes that have the same xattrs share one dictionary of them.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a scan is asked for
@@ -102,6 +106,7 @@ class Contents:
         self._large: list[tuple[int, int, _Job]] = []  # a heap: size below zero, then the order of finding
         self._waiting = 0
         self._objects: dict[bytes, tuple[bytes, Digest]] = {}
+        self._xattrs = functools.lru_cache(_XATTRS_KEPT)(_dictionary)
         self._next_report = 0.0
         self._files = self._bytes = self._total_files = self._total_bytes = 0
         self._is_walking = True
@@ -164,7 +169,7 @@ class Contents:
     def _dispatch(self, *, wait: bool = False) -> None:
         """Give the workers what they have room for, and take what they have ready; with `wait`, wait for something."""
         if self._workers is None:
-            if self._waiting < _WORTH_WORKERS:
+            if self._waiting < _WORTH_WORKERS or threading.active_count() > 1:
                 return
             keep = (self._root, *(() if self._store is None else self._store.descriptors))
             self._workers = Workers(self._processes, self._hasher.work, keep)
@@ -190,11 +195,12 @@ class Contents:
 
     def _take(self, job: _Job, outcome: Outcome) -> None:
         """Fill the entries of a job with what has been found of it."""
-        found, error, verity_problem = outcome
-        if error is not None:
-            raise StoreError(error) if isinstance(error, str) else SourceError(*error)
+        found, failure, verity_problem = outcome
+        if failure is not None:
+            whose, path, why = failure
+            raise SourceError(path, why) if whose == SOURCE else StoreError(why)
         for (entry, described), (payload, some_xattrs, done) in zip(job.entries, found, strict=True):
-            xattrs = NO_XATTRS if some_xattrs is None else some_xattrs
+            xattrs = NO_XATTRS if some_xattrs is None else self._xattrs(tuple(some_xattrs.items()))
             if described.size <= INLINE_MAX:
                 entry.node = Inline(described, xattrs, payload)
                 continue
@@ -226,3 +232,7 @@ class Contents:
         if at_once or now >= self._next_report:
             self._next_report = now + _REPORT_INTERVAL
             self._report(Progress(self._files, self._bytes, self._total_files, self._total_bytes, self._is_walking))
+
+
+def _dictionary(items: tuple[tuple[bytes, bytes], ...]) -> dict[bytes, bytes]:
+    return dict(items)

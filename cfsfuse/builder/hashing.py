@@ -35,8 +35,13 @@ Batch = list[Group]
 Found = tuple[bytes, "dict[bytes, bytes] | None", int]
 """Content of a file to be inlined, else its digest; its xattrs or None; what the store did, a number of `store`."""
 
-Outcome = tuple[list[Found], "tuple[bytes, str] | str | None", "str | None"]
-"""A Found for each file of a batch; the arguments of a SourceError, or StoreError; why there is no fs-verity."""
+SOURCE, STORE = range(2)
+
+Failure = tuple[int, bytes, str]
+"""Whose error it is: SOURCE with the path and the reason, or STORE with an empty path and the whole message."""
+
+Outcome = tuple[list[Found], "Failure | None", "str | None"]
+"""A Found for each file of a batch; what has failed; why there is an object without fs-verity."""
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _STEP = 1 << 18  # bytes at once of a large file: they stay in the processor's cache from reading to hashing
@@ -151,16 +156,16 @@ class Hasher:
         """Return what `batch` does, and errors too, as a worker may."""
         found: list[Found] = []
         problem = None
-        error: tuple[bytes, str] | str | None = None
+        failure: Failure | None = None
         try:
             found = self.batch(batch, note)
         except SourceError as source:
-            error = source.path, source.reason
+            failure = SOURCE, source.path, source.reason
         except StoreError as store:
-            error = str(store)
+            failure = STORE, b"", str(store)
         if self._stager is not None:
             problem = self._stager.verity_problem
-        return found, error, problem
+        return found, failure, problem
 
     def batch(self, batch: Batch, note: Callable[[int], None]) -> list[Found]:
         """Return what the files of a batch are; raise SourceError or StoreError."""

@@ -36,7 +36,6 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC
 _OPEN_LEVELS = 64  # directories on the way down that are open
 _PATH_MAX = 3800  # bytes of a directory's path that can be opened in one piece; PATH_MAX is 4096
 _SIZE_MAX = 1 << 53  # bytes that an image can say of a file; a sparse file may have more, and hashing it would not end
-_RDEV_MASK = 0xFFFFFFFF  # the image has 32 bits: as the C library encodes small numbers, the kernel does
 
 _ENCODING = sys.getfilesystemencoding()
 _NAME = itemgetter(0)
@@ -270,6 +269,15 @@ class _Walk:
             raise Changed
         else:
             entry.node = Device(described, xattrs)
+        # All this was by name, and once each: see that it was of the same thing, as it is with files that are opened.
+        after = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if (status.st_ctime_ns, status.st_mtime_ns, status.st_ino, status.st_dev) != (
+            after.st_ctime_ns,
+            after.st_mtime_ns,
+            after.st_ino,
+            after.st_dev,
+        ):
+            raise Changed
 
     def _described(self, status: os.stat_result, nlink: int = 1) -> Stat:
         return Stat(
@@ -277,7 +285,7 @@ class _Walk:
             nlink,
             status.st_uid,
             status.st_gid,
-            status.st_rdev & _RDEV_MASK,
+            status.st_rdev,
             status.st_size,
             0 if self._options.use_epoch else status.st_mtime_ns,
         )

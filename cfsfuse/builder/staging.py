@@ -2,10 +2,14 @@
 
 Nothing has a final name before it is whole, on the disk, and the build has succeeded. The directory is locked (flock)
 by an open descriptor that the workers inherit: the lock lasts as long as any process of the build, however it ends. A
-staging directory that is not locked has been left by a killed build, and whoever comes next removes it.
+staging directory that is not locked has been left by a killed build, and whoever comes next removes it. Network file
+systems may keep such locks to one machine: where it is not known to be local, it must be a day old as well.
 
-Everything is relative to directory descriptors that are opened without following symlinks: what somebody plants in a
-store cannot lead outside of it.
+"On the disk" is by syncfs(2): one call instead of an fsync for each file. It writes what everybody has yet to write on
+that file system, so a build may wait for others; and before Linux 5.8 it does not tell of write errors.
+
+Everything is relative to directory descriptors that are opened without following symlinks, and the staging directory is
+believed to be ours when nobody else may write it: what somebody plants in a store cannot lead outside of it.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ import os
 import re
 import secrets
 import stat
+import time
 from typing import TYPE_CHECKING
 
 from cfsfuse.atomic import opened_directory
 from cfsfuse.basedirs import RECORDED_TREES
 from cfsfuse.errors import StoreError, printable
+from cfsfuse.fstype import LOCAL, file_system_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +39,7 @@ TREES = RECORDED_TREES.rstrip(b"/")
 _NAME = re.compile(r"\.cfsfuse-[0-9a-f]{16}\.tmp")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LEVELS = 3  # of directories below a staging directory; anything deeper is not ours
+_ABANDONED_AGE = 24 * 3600  # seconds since anything was put into it
 _TRIES = 100  # for what another builder can get in the way of, now and then
 
 _syncfs = ctypes.CDLL(None, use_errno=True).syncfs
@@ -55,7 +62,7 @@ def store_errors(path: str) -> Iterator[None]:
 class Staging:
     """A new staging directory in the store `path`, which is made if it is missing; `remove` ends it.
 
-    `store` and `directory` are descriptors of both. Everything here raises StoreError.
+    `store` and `directory` are descriptors of both, -1 after `remove`. Everything here raises StoreError.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,15 +78,18 @@ class Staging:
             self._name, self.directory = self._create()
             undo.pop_all()
 
-    def publish(self) -> None:
+    def publish(self, *, relies: bool) -> None:
         """Give everything in the directory its final name, Merkle trees first.
 
-        It is written to the disk before, and its names after. Interrupted, it leaves some of it published, each whole.
+        It is written to the disk before, and its names after. So is what this build `relies` on that was in the store:
+        another builder may have given it its name, and not have come to the second. Interrupted, this leaves some of it
+        published, each whole.
         """
         with store_errors(self.path):
             staged = os.listdir(self.directory)
+            if staged or relies:
+                _write_to_disk(self.store)
             if staged:
-                _write_to_disk(self.directory)
                 for name in sorted(map(os.fsencode, staged), key=TREES.__ne__):
                     self._move(name)
                 _write_to_disk(self.store)
@@ -87,14 +97,17 @@ class Staging:
 
     def remove(self) -> None:
         """Remove the directory and what is still in it; and the store, if it was made for this and got nothing."""
+        if self.store < 0:
+            return
         with contextlib.suppress(OSError):
             _clear(self.directory)
             os.rmdir(self._name, dir_fd=self.store)
         # Once more at the end: a build that has been killed lately is locked until its last worker is dead.
         with contextlib.suppress(OSError):
             self._remove_abandoned()
-        os.close(self.directory)
-        os.close(self.store)
+        directory, store, self.directory, self.store = self.directory, self.store, -1, -1
+        os.close(directory)
+        os.close(store)
         self._remove_made()
 
     def _make_store(self) -> None:
@@ -121,7 +134,8 @@ class Staging:
         """Make a staging directory; return its name and a descriptor that holds its lock.
 
         Between making and locking it another builder may take it for abandoned, lock it and remove it. So it is ours
-        when we have the lock and its name still leads to it.
+        when we have the lock and its name still leads to it. Whoever owns the store can put something else in its place
+        in that time: hence the look at whose it is.
         """
         for _ in range(_TRIES):
             name = b".cfsfuse-%s.tmp" % secrets.token_hex(8).encode()
@@ -131,6 +145,7 @@ class Staging:
                 try:
                     _lock(fd)
                     if os.path.samestat(os.stat(name, dir_fd=self.store, follow_symlinks=False), os.fstat(fd)):
+                        _check_private(fd)
                         return name, fd
                 except BaseException:
                     os.close(fd)
@@ -140,8 +155,12 @@ class Staging:
 
     def _remove_abandoned(self) -> None:
         """Remove the staging directories that no process has locked, as far as this user may."""
+        # Locks of a file system that others reach as well may be seen on this machine only.
+        is_local = file_system_type(self.store) in LOCAL
         for name in filter(_NAME.fullmatch, os.listdir(self.store)):
             with contextlib.suppress(OSError), opened_directory(name, dir_fd=self.store) as directory:
+                if not is_local and time.time() - os.fstat(directory).st_mtime < _ABANDONED_AGE:
+                    continue
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _clear(directory)
                 os.rmdir(name, dir_fd=self.store)
@@ -206,6 +225,13 @@ def _lock(fd: int) -> None:
         raise
     except OSError:
         pass  # NFS locks no directories: nobody can lock this one then, and so nobody takes it for abandoned
+
+
+def _check_private(fd: int) -> None:
+    """Raise OSError unless a staging directory is new, and this user's alone."""
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or os.listdir(fd):
+        raise OSError(errno.EPERM, "its new staging directory is not this user's alone; has somebody replaced it?")
 
 
 def _write_to_disk(fd: int) -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from cfsfuse.basedirs import RECORDED_TREES
-from cfsfuse.beneath import open_beneath
+from cfsfuse.beneath import open_beneath, status_beneath
 from cfsfuse.builder.hashing import Changed, chunks, measure_file, reason
-from cfsfuse.builder.staging import TREES, Staging, is_directory, store_error, store_errors
+from cfsfuse.builder.staging import Staging, is_directory, store_error, store_errors
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import SourceError
 from cfsfuse.objects import WHOLE_FILE_MAX
@@ -47,10 +47,12 @@ _NO_VERITY = {
     errno.ENOTTY: "this type of file system has none",
     errno.EOPNOTSUPP: "this kernel has none, or the file system does not have it enabled",
 }
+# The next file will fare no better after these. After others it may: one is too large, one is still open elsewhere.
+_NO_VERITY_HERE = frozenset((*_NO_VERITY, errno.EPERM, errno.EACCES, errno.EINVAL))
 _BUSY_TRIES = 100
 _BUSY_PAUSE = 0.01  # seconds
-_MODE = 0o444
-_MODE_OF_OWNER = 0o644  # enabling fs-verity takes write permission on the file
+_MODE = 0o444  # of objects and trees, whatever the umask; directories are as it says
+_MODE_OF_OWNER = 0o600  # enabling fs-verity takes write permission on the file
 
 
 def object_path(digest: bytes) -> bytes:
@@ -89,10 +91,9 @@ class Stager:
         self._staging = staging.directory
         self._trees = trees
         self._verify = verify
-        self._checked: set[bytes] = set()  # directories of the store that are directories
         self._verified: set[bytes] = set()  # digests of objects that are right
-        self._umask_is_open: bool | None = None
-        self.verity_problem: str | None = None
+        self._enables = True
+        self.verity_problem: str | None = None  # why there is an object without fs-verity
         with store_errors(self._path):
             self._probe_verity()
 
@@ -111,20 +112,16 @@ class Stager:
         """Stage the file `source` of `size` bytes, more than WHOLE_FILE_MAX; return its digest, and what was done.
 
         It is hashed first, so what the store has already is not copied. `check` raises when the file is not any more
-        what it was; that is asked last. `note` is told of bytes that have been read.
+        what it was. That does not show what is written through a mapping, which may leave the times of a file alone: so
+        a copy is measured itself. `note` is told of bytes that have been read.
         """
         with self._scratch() as (tree, write):
             digest = measure_file(source, size, write, note)
             check()
             path = object_path(digest)
-
-            def copy(fd: int) -> None:
-                _copy(source, fd, size)
-                check()
-
             with store_errors(self._path):
                 done = self._existing(path, digest, size)
-                if done != REUSED and not self._stage(path, digest, copy):
+                if done != REUSED and not self._stage(path, digest, lambda fd: _copy(source, fd, size), size):
                     return digest, NOTHING
                 if tree is not None and not self._has_tree(path, tree, Geometry(SHA256, size).tree_size):
                     self._stage_tree(path)
@@ -133,10 +130,8 @@ class Stager:
 
     def _existing(self, path: bytes, digest: bytes, size: int) -> int:
         """Return REUSED when the store has the object, NEW when it has none, REPAIRED when it has something wrong."""
-        self._check_directory(path[:2])
-        try:
-            status = os.stat(path, dir_fd=self._store, follow_symlinks=False)
-        except FileNotFoundError:
+        status = self._status(path)
+        if status is None:
             return NEW
         if stat.S_ISDIR(status.st_mode):
             raise store_error(self._path, "is a directory, in the place of an object", path)
@@ -144,11 +139,18 @@ class Stager:
             return REPAIRED
         return REUSED if not self._verify or self._is_right(path, digest, size) else REPAIRED
 
-    def _check_directory(self, name: bytes) -> None:
-        """Raise StoreError when a directory of the store is something else, a symlink at worst."""
-        if name not in self._checked:
-            is_directory(self._store, name, self._path)
-            self._checked.add(name)
+    def _status(self, path: bytes) -> os.stat_result | None:
+        """Return what the store has at `path`, None for nothing. StoreError when a directory on the way is none."""
+        try:
+            return status_beneath(self._store, path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                names = path.split(b"/")
+                for count in range(1, len(names)):
+                    is_directory(self._store, b"/".join(names[:count]), self._path)
+            raise
 
     def _is_right(self, path: bytes, digest: bytes, size: int) -> bool:
         """Return whether an object of the store has its digest, as the kernel says or as it is read."""
@@ -163,34 +165,38 @@ class Stager:
             self._verified.add(digest)
         return True
 
-    def _stage(self, path: bytes, digest: bytes, fill: Callable[[int], None]) -> bool:
-        """Make an object with what `fill` writes; return False when this build has it already."""
+    def _stage(self, path: bytes, digest: bytes, fill: Callable[[int], None], copied: int = 0) -> bool:
+        """Make an object with what `fill` writes; return False when this build has it already.
+
+        Of bytes in memory, the digest is known to be theirs. What is `copied`, so many bytes, is measured.
+        """
         try:
-            fd = self._create(path, _MODE if self.verity_problem else _MODE_OF_OWNER)
+            fd = self._create(path)
         except FileExistsError:
             return False
         try:
             try:
                 fill(fd)
-                if self.verity_problem:
-                    self._set_mode(fd)
+                if not self._enables:
+                    os.fchmod(fd, _MODE)
             finally:
                 os.close(fd)
-            if not self.verity_problem:
-                self._seal(path, digest)
+            if self._enables or copied:
+                self._seal(path, digest, copied)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(path, dir_fd=self._staging)
             raise
         return True
 
-    def _create(self, path: bytes, mode: int) -> int:
+    def _create(self, path: bytes) -> int:
+        # Whole paths are safe here, unlike in the store: nobody else can put anything into the staging directory.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(path, flags, mode, dir_fd=self._staging)
+            return os.open(path, flags, _MODE_OF_OWNER, dir_fd=self._staging)
         except FileNotFoundError:
             self._make_directory(path.rpartition(b"/")[0])
-            return os.open(path, flags, mode, dir_fd=self._staging)
+            return os.open(path, flags, _MODE_OF_OWNER, dir_fd=self._staging)
 
     def _make_directory(self, path: bytes) -> None:
         """Make a directory of the staging directory, and the one above it; other workers do the same."""
@@ -200,48 +206,50 @@ class Stager:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755, dir_fd=self._staging)
 
-    def _set_mode(self, fd: int) -> None:
-        """See that a file made with the mode of objects has it: the umask may have taken some of it away."""
-        if self._umask_is_open is None:
-            self._umask_is_open = stat.S_IMODE(os.fstat(fd).st_mode) == _MODE
-        if not self._umask_is_open:
-            os.fchmod(fd, _MODE)
-
     def _probe_verity(self) -> None:
         """Find out with a file of no consequence whether fs-verity can be enabled here."""
         name = b"probe"
         try:
-            os.close(self._create(name, _MODE_OF_OWNER))
+            os.close(self._create(name))
             with _opened(self._staging, name) as fd:
                 self._enable(fd)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._staging)
 
-    def _seal(self, path: bytes, digest: bytes) -> None:
-        """Enable fs-verity on an object, and believe the kernel about what it is."""
+    def _seal(self, path: bytes, digest: bytes, copied: int) -> None:
+        """Enable fs-verity on an object, and believe the kernel about what it is; else read what has been copied."""
         with _opened(self._staging, path) as fd:
-            self._enable(fd)
-            os.fchmod(fd, _MODE)
+            if self._enables:
+                self._enable(fd)
+                os.fchmod(fd, _MODE)
             known = ioctl.measure(fd)
-        if known is not None and known.value != digest:
+            if known is not None:
+                measured = known.value
+            elif copied:
+                measured = measure_file(fd, copied)
+            else:
+                measured = digest
+        if measured != digest:
             raise Changed
 
     def _enable(self, fd: int) -> None:
-        """Enable fs-verity; where that is not possible, remember why and do not try again."""
+        """Enable fs-verity, or remember why not; where no file can have it, do not try again."""
+        number: int | None = None
         for _ in range(_BUSY_TRIES):
             try:
                 ioctl.enable(fd)
-                self.verity_problem = None
                 return
             except OSError as error:
-                if error.errno in _DISK_ERRORS:
+                number = error.errno
+                if number in _DISK_ERRORS:
                     raise
-                self.verity_problem = _NO_VERITY.get(error.errno or 0) or str(error.strerror)
-                if error.errno != errno.ETXTBSY:
-                    return
+            if number != errno.ETXTBSY:
+                break
             # A thread of this process that is just starting a program has a copy of every descriptor for a moment.
             time.sleep(_BUSY_PAUSE)
+        self._enables = number not in _NO_VERITY_HERE
+        self.verity_problem = _NO_VERITY.get(number or 0) or os.strerror(number or 0)
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[tuple[int | None, Callable[[int, bytes], object] | None]]:
@@ -265,15 +273,9 @@ class Stager:
                 os.unlink(_scratch_name(), dir_fd=self._staging)
 
     def _has_tree(self, path: bytes, tree: int, size: int) -> bool:
-        """Return whether the store, or this build, has the tree already."""
-        self._check_directory(TREES)
-        self._check_directory(RECORDED_TREES + path[:2])
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(RECORDED_TREES + path, dir_fd=self._staging)
-            return True
-        try:
-            status = os.stat(RECORDED_TREES + path, dir_fd=self._store, follow_symlinks=False)
-        except FileNotFoundError:
+        """Return whether the store has the tree already."""
+        status = self._status(RECORDED_TREES + path)
+        if status is None:
             return False
         if stat.S_ISDIR(status.st_mode):
             raise store_error(self._path, "is a directory, in the place of a tree", RECORDED_TREES + path)
@@ -301,7 +303,8 @@ class StoreWriter:
 
     Nothing is visible before `publish`, and without it nothing stays. Any number of builds may go on in one store.
     `trees` records the Merkle trees of large objects. An object that exists with the right size is used again;
-    `verify_existing` measures it, and replaces it when it is wrong. Raises StoreError.
+    `verify_existing` measures it, and replaces it when it is wrong. Raises StoreError, also before it is entered and
+    after it is left.
     """
 
     def __init__(self, path: str, *, trees: bool = True, verify_existing: bool = False) -> None:
@@ -311,19 +314,35 @@ class StoreWriter:
         self._reused: set[bytes] = set()
         self._trees: set[bytes] = set()
         self._has_failed = False
+        self._open: tuple[Staging, Stager] | None = None
 
     def __enter__(self) -> Self:
-        self._staging = Staging(self.path)
+        staging = Staging(self.path)
         try:
-            self.stager = Stager(self._staging, **self._options)
+            self._open = staging, Stager(staging, **self._options)
         except BaseException:
-            self._staging.remove()
+            staging.remove()
             raise
         self.count_verity(self.stager.verity_problem)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._staging.remove()
+        staging, self._open = self._staging, None
+        staging.remove()
+
+    @property
+    def stager(self) -> Stager:
+        """What puts objects into this build, here or in a worker."""
+        return self._parts()[1]
+
+    @property
+    def _staging(self) -> Staging:
+        return self._parts()[0]
+
+    def _parts(self) -> tuple[Staging, Stager]:
+        if self._open is None:
+            raise store_error(self.path, "is not open for writing: no build into it is going on")
+        return self._open
 
     def add(self, content: Bytes) -> Digest:
         """Stage `content`, and return the digest that it has as an object."""
@@ -363,7 +382,7 @@ class StoreWriter:
         """Give every object that has been staged its name. StoreError when a build has failed: it may be unfinished."""
         if self._has_failed:
             raise store_error(self.path, "a build into it has failed; nothing is published")
-        self._staging.publish()
+        self._staging.publish(relies=bool(self._reused))
 
     @property
     def descriptors(self) -> tuple[int, int]:

@@ -3,7 +3,11 @@
 Hashing needs processes, two hashing threads are slower than one. They are forked: what the work needs is there already,
 descriptors and locks included, and starting one costs a millisecond. This process has no thread for them; it submits
 jobs and collects results when it likes, so it can do its own work meanwhile and is never forked with a thread running
-that is ours.
+that is ours. Whoever has threads running had better not fork: locks that they hold are held in a worker for ever.
+
+concurrent.futures.ProcessPoolExecutor will not do. It forks beside threads of its own, cannot stop work that has begun,
+lets its processes outlive a parent that is killed, with the store's lock in their hands, and gives them every
+descriptor that is open, or none.
 
 Jobs and results are what `marshal` can carry: numbers, bytes, strings, tuples, lists, dictionaries, None.
 """
@@ -20,7 +24,6 @@ import signal
 import socket
 import struct
 import traceback
-import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -103,12 +106,18 @@ class Workers(Generic[Ticket]):
 
     def _start(self) -> _Worker[Ticket] | None:
         """Start another worker; None when there can be no more than there are."""
+        known = len(self._workers)
         try:
-            worker: _Worker[Ticket] = _Worker(self._work, self._keep)
+            worker: _Worker[Ticket] = _Worker()
+            # Known before there is a process: whatever interrupts this, `close` ends it.
+            self._workers.append(worker)
+            worker.start(self._work, self._keep)
         except OSError:
-            self._count = len(self._workers)
+            for failed in self._workers[known:]:
+                failed.kill()
+            del self._workers[known:]
+            self._count = known
             return None
-        self._workers.append(worker)
         self._poll.register(worker.socket, select.POLLIN)
         return worker
 
@@ -130,27 +139,24 @@ class Workers(Generic[Ticket]):
 class _Worker(Generic[Ticket]):
     """One process, as its parent sees it."""
 
-    def __init__(self, work: Work, keep: Collection[int]) -> None:
+    def __init__(self) -> None:
         self.tickets: deque[tuple[Ticket, bool]] = deque()  # of its jobs, and whether they are long
         self.unsent = bytearray()
         self._received = bytearray()
         self.pid = 0
-        self.socket, theirs = socket.socketpair()
+        self.socket, self._theirs = socket.socketpair()
+
+    def start(self, work: Work, keep: Collection[int]) -> None:
         parent = os.getpid()
         # Until a worker has its own handlers, a signal would have it run on as a second parent.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            try:
-                with theirs:
-                    self.pid = _fork()
-                    if not self.pid:
-                        _live(theirs, parent, mask, work, keep)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        except BaseException:
-            self.kill()
-            self.wait()
-            raise
+            with self._theirs:
+                self.pid = os.fork()
+                if not self.pid:
+                    _live(self._theirs, parent, mask, work, keep)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.socket.setblocking(False)
 
     @property
@@ -213,17 +219,16 @@ class _Worker(Generic[Ticket]):
     def _death(self) -> HostError:
         pid = self.pid
         code = os.waitstatus_to_exitcode(self._status())
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         hint = "; perhaps memory has run out" if code == -signal.SIGKILL else ""
         return HostError(f"worker process {pid} {how}{hint}")
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Python warns of forking where threads run, for they may hold locks. A worker calls nothing that takes one of
-        # them: it imports nothing, logs nothing, and ends without cleaning up.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals have none
+        return f"signal {number}"
 
 
 def _live(channel: socket.socket, parent: int, mask: set[int], work: Work, keep: Collection[int]) -> None:
