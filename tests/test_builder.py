@@ -791,3 +791,12 @@ def test_a_failing_report_ends_the_build(source: Path, options: Options) -> None
     (source / "file").write_bytes(b"x" * 1000)
     with pytest.raises(Stop):
         scan(str(source), options, None, stop)
+
+
+def test_directory_to_avoid(tmp_path: Path) -> None:
+    below = tmp_path / "a/b"
+    below.mkdir(parents=True)
+    status = below.stat()
+    with pytest.raises(UsageError, match=r"/a/b: is the store"):
+        scan(str(tmp_path), avoid={(status.st_dev, status.st_ino): "is the store"})
+    assert scan(str(tmp_path), avoid={(status.st_dev, status.st_ino + 1): "is the store"}).children

@@ -273,7 +273,7 @@ def test_bad_dumps_are_told_with_their_place(text: bytes, tmp_path: Path, capfdb
 def test_a_dump_that_no_image_can_hold(tmp_path: Path, capfdbinary: Capture) -> None:
     (tmp_path / "dump").write_bytes(EMPTY_DUMP + b"/huge %d 100644 1 0 0 0 0.0 a/b - -\n" % (1 << 60))
     line = fails(capfdbinary, 3, "mk", "--from-file", tmp_path / "dump", tmp_path / "image")
-    assert "/huge" in line
+    assert "line 2, column 7, size: a file of" in line
     assert left(tmp_path) == []
 
 
@@ -307,7 +307,8 @@ def test_options_without_effect_on_a_dump_are_told(tmp_path: Path, capfdbinary: 
         (["absent", "image"], "absent: No such file or directory"),
         (["", "image"], "SOURCE is empty"),
         (["tree/small", "image"], "not a directory; --from-file"),
-        (["tree", ""], "cannot write the image"),
+        (["tree", ""], "IMAGE is empty"),
+        (["--digest-store=", "tree", "image"], "--digest-store is empty"),
         (["tree", "absent/image"], "absent: no such directory"),
         (["tree", "tree"], "inside its own source"),
         (["tree", "tree/image"], "tree/image: the image would be inside its own source tree"),

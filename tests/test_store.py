@@ -1081,3 +1081,17 @@ def wait_for_workers(base: Path) -> None:
             fd = os.open(base / name, os.O_RDONLY)
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.close(fd)
+
+
+def test_store_below_a_dangling_symlink(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(StoreError, match="Not a directory"), StoreWriter(str(tmp_path / "link/store")):
+        pass
+    with pytest.raises(StoreError, match="No such file"), StoreWriter("/proc/cfsfuse-store"):
+        pass
+
+
+def test_store_in_new_directories_goes_again_without_content(tmp_path: Path) -> None:
+    with StoreWriter(str(tmp_path / "a/../b/c/")):
+        assert (tmp_path / "b/c").is_dir()
+    assert not (tmp_path / "b").exists()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse import collector
-from cfsfuse.builder.destination import STANDARD_OUTPUT, destination
+from cfsfuse.builder.destination import STANDARD_OUTPUT, NewFile, destination
 from cfsfuse.builder.scan import Options, scan
 from cfsfuse.builder.store import StoreWriter
 from cfsfuse.dump import parse
@@ -81,7 +81,23 @@ def from_directory(job: Job, report: Report | None = None) -> Built:
         store = None
         if job.store is not None:
             store = stack.enter_context(StoreWriter(job.store, trees=job.trees, verify_existing=job.verify_existing))
-        return finish(scan(job.source, job.options, store, report), target, job.versions, store)
+        tree = scan(job.source, job.options, store, report, _outputs(job, target, store))
+        return finish(tree, target, job.versions, store)
+
+
+def _outputs(job: Job, target: Destination, store: StoreWriter | None) -> dict[tuple[int, int], str]:
+    """Return the directories that are written to, which may be inside the source by a way that no path shows."""
+    outputs = {}
+    if isinstance(target, NewFile):
+        outputs[_identity(target.directory)] = f"{job.image} would be written there, into its own source"
+    if store is not None:
+        outputs[_identity(store.descriptors[0])] = f"is the object store {job.store}; keep it outside of the source"
+    return outputs
+
+
+def _identity(directory: str | int) -> tuple[int, int]:
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino
 
 
 def from_tree(

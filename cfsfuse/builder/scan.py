@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 from cfsfuse.builder.contents import Contents, Progress
 from cfsfuse.builder.hashing import NO_XATTRS, Changed, Opener, read_xattrs, reason
-from cfsfuse.errors import HostError, SourceError, UsageError
+from cfsfuse.errors import HostError, SourceError, UsageError, printable
 from cfsfuse.tree import Device, Directory, Entry, Inline, Link, Sparse, Stat, Symlink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from cfsfuse.builder.store import StoreWriter
     from cfsfuse.tree import Node
@@ -69,6 +69,7 @@ class Options:
 
 
 _DEFAULTS = Options()
+_NOTHING: dict[tuple[int, int], str] = {}
 
 
 def scan(
@@ -76,19 +77,21 @@ def scan(
     options: Options = _DEFAULTS,
     store: StoreWriter | None = None,
     report: Callable[[Progress], None] | None = None,
+    avoid: Mapping[tuple[int, int], str] = _NOTHING,
 ) -> Entry:
     """Return the tree of the directory `source`; contents that are not inlined are staged in `store`.
 
     `report` is told of the progress, several times a second and at the end. Raises UsageError when there is no such
-    directory, SourceError when something in it cannot be read or changes meanwhile, StoreError, and HostError when a
-    worker has been killed. After an error `store` publishes nothing.
+    directory, or when one to `avoid` is met: by st_dev and st_ino, the reason. Raises SourceError when something in it
+    cannot be read or changes meanwhile, StoreError, and HostError when a worker has been killed. After an error `store`
+    publishes nothing.
     """
     root = _open_source(source)
     label = os.fsencode(source)
     processes = options.processes or len(os.sched_getaffinity(0))
     try:
         with Contents(root, label, options.xattrs.value, processes, store, report) as contents:
-            walk = _Walk(root, label, options, contents)
+            walk = _Walk(root, label, options, contents, avoid)
             tree = walk.run()
             contents.finish()
             walk.link(tree)
@@ -144,8 +147,11 @@ class _Level:
 class _Walk:
     """Goes through the directory `root`, called `label` in errors, depth first."""
 
-    def __init__(self, root: int, label: bytes, options: Options, contents: Contents) -> None:
+    def __init__(
+        self, root: int, label: bytes, options: Options, contents: Contents, avoid: Mapping[tuple[int, int], str]
+    ) -> None:
         self._root = root
+        self._avoid = avoid
         self._label = label
         self._options = options
         self._contents = contents
@@ -195,6 +201,9 @@ class _Walk:
             raise self._error(error, name) from None
         level = _Level(name, path, fd, entry.children)
         self._levels.append(level)
+        reason_to_avoid = self._avoid.get((level.device, level.inode))
+        if reason_to_avoid is not None:
+            raise UsageError(f"{printable(self._path())}: {reason_to_avoid}")
         if len(self._levels) > _OPEN_LEVELS:
             self._levels[-1 - _OPEN_LEVELS].close()
         try:
@@ -294,7 +303,7 @@ class _Walk:
         """Return what to raise about `name` in the directory that is being read, or about that itself without one."""
         return SourceError(self._path(name), reason(error))
 
-    def _path(self, name: bytes) -> bytes:
+    def _path(self, name: bytes = b"") -> bytes:
         names = [level.name for level in self._levels[1:]]
         return os.path.join(self._label, *names, *([name] if name else []))
 

@@ -112,18 +112,21 @@ class Staging:
 
     def _make_store(self) -> None:
         """Make the store and the directories above it, where they are missing."""
-        missing = [] if os.path.isdir(self.path) else [self.path]
-        while missing:
+        missing = []
+        at = self.path
+        while not os.path.isdir(at):
+            missing.append(at)
+            above = os.path.dirname(at) or os.curdir
+            if above == at:
+                break
+            at = above
+        for path in reversed(missing):
             try:
-                os.mkdir(missing[-1], 0o755)
-                self._made.append(missing.pop())
+                os.mkdir(path, 0o755)
+                self._made.append(path)
             except FileExistsError:
-                missing.pop()  # opening it will tell what it is
-            except FileNotFoundError:
-                parent = os.path.dirname(missing[-1])
-                if parent in ("", missing[-1]):
-                    raise
-                missing.append(parent)
+                if not os.path.isdir(path):  # else another builder has just made it
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
     def _remove_made(self) -> None:
         with contextlib.suppress(OSError):

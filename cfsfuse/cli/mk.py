@@ -145,6 +145,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--print-digest-only writes no image: leave IMAGE out")
     if arguments.json and arguments.image == STANDARD_OUTPUT:
         raise UsageError("--json: standard output has the image already; name a file for it")
+    for name, value in (("IMAGE", arguments.image), ("--digest-store", arguments.digest_store)):
+        if value == "":
+            raise UsageError(f"{name} is empty; give it a path")
 
 
 def _remark(arguments: argparse.Namespace, built: Built) -> None:
