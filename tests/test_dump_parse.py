@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cfsfuse.dump import line, parse
 from cfsfuse.dumpparser import FIELDS, LINE_MAX, PAYLOAD_MAX, XATTRS_TEXT_MAX
+from cfsfuse.erofs.contents import FILE_MAX
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.erofs.writer import INLINE_MAX
 from cfsfuse.errors import DumpError
@@ -677,7 +678,7 @@ digests = st.one_of(
 def nodes(draw: st.DrawFn, types: tuple[int, ...] = TYPES) -> Node:
     kind = draw(st.sampled_from(types))
     nlink, uid, gid, rdev = (draw(u32) for _ in range(4))
-    size = draw(st.integers(1, (1 << 64) - 1))
+    size = draw(st.integers(1, FILE_MAX))
     mtime_ns = draw(st.one_of(st.just(0), st.integers(-(10**9) << 63, ((10**9) << 63) - 1)))
     target = draw(targets)
     content = draw(st.binary(max_size=100))
