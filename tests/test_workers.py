@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
