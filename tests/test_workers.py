@@ -157,6 +157,21 @@ def test_a_worker_whose_parent_has_died_before_it_asked_ends(monkeypatch: pytest
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
+def test_a_signal_that_the_parent_ignores_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Workers[int](1, hang_up) as workers:
+            workers.submit(0, 0)
+            assert [answer.value for answer in workers.collect(wait=True)] == ["alive"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def hang_up(_job: Any, _note: Callable[[Any], None]) -> str:  # noqa: ANN401 - what marshal carries
+    os.kill(os.getpid(), signal.SIGHUP)
+    return "alive"
+
+
 def test_a_worker_that_has_died_is_noticed_at_the_next_job() -> None:
     def leave(_job: int, _note: Callable[[Any], None]) -> None:
         os._exit(3)

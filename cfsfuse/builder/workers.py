@@ -254,7 +254,8 @@ def _detach(keep: set[int], parent: int) -> None:
     # A terminal sends SIGINT to all of us; the parent knows what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) is for all of us
+            signal.signal(number, signal.SIG_DFL)
     # What is garbage here was the parent's: finalizers would close descriptors that have other owners now.
     gc.disable()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
