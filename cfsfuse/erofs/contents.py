@@ -99,14 +99,14 @@ class SymlinkTarget(Content):
 class Hole(Nothing):
     """The content of a file that is elsewhere: a map of null chunks, as few as the format allows."""
 
-    __slots__ = ("chunks", "format")
+    __slots__ = ("format",)
 
     def __init__(self, size: int) -> None:
-        super().__init__(size)
         bits = min(max((size - 1).bit_length(), BLOCK_BITS), BLOCK_BITS + CHUNK_FORMAT_BLKBITS_MASK)
+        self.size = size
         self.format = bits - BLOCK_BITS
-        self.chunks = -(-size >> bits)
-        self.tail = len(NULL_CHUNK) * self.chunks
+        self.blocks = 0
+        self.tail = len(NULL_CHUNK) * -(-size >> bits)
 
     @property
     def layout(self) -> DataLayout:

@@ -96,7 +96,7 @@ def external_marks(path: bytes | None, digest: Digest | None) -> dict[bytes, byt
 
 def stored_xattrs(authored: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """Return xattrs of the content under the names by which the image has them; the result is the caller's own."""
-    return {stored(name): value for name, value in authored.items()}
+    return {stored(name): value for name, value in authored.items()} if authored else {}
 
 
 def stored(shown: bytes) -> bytes:

@@ -53,7 +53,7 @@ _SLOT = 1 << ondisk.INODE_SLOT_BITS
 _PIECE = 1 << 18  # bytes that `Layout.pieces` yields at a time, at least
 _DOTS = (b".", b"..")
 _SELINUX = b"security.selinux"
-_2_63 = 1 << 63
+_MTIME_MIN, _MTIME_MAX = -(NSEC_PER_SEC << 63), (NSEC_PER_SEC << 63) - 1  # nanoseconds
 _DEVICE_TYPES = (ondisk.FILE_TYPES[stat.S_IFCHR], ondisk.FILE_TYPES[stat.S_IFBLK])
 _ACLS = (ondisk.XATTR_PREFIXES[2], ondisk.XATTR_PREFIXES[3])
 
@@ -235,7 +235,7 @@ class _Inode:
         if self.mode & 0o170000 not in _KINDS[type(node)] or self.mode >> 16:
             raise self.error(f"mode {self.mode:o} is not that of a {type(node).__name__}")
         small = self.nlink | self.rdev | self._uid | self._gid
-        if small >> 32 or self.size >> 64 or self.mtime_ns // NSEC_PER_SEC + _2_63 >> 64:
+        if small >> 32 or self.size >> 64 or not _MTIME_MIN <= self.mtime_ns <= _MTIME_MAX:
             raise self.error(f"a number does not fit in an inode: {node.stat}")
 
     def _check_xattrs(self, xattrs: dict[bytes, bytes]) -> None:
@@ -247,12 +247,11 @@ class _Inode:
             raise self.error(f"xattrs of {weight} bytes; an image takes {XATTRS_MAX}")
 
     def _contents_of(self, node: Node) -> Nothing:
-        if isinstance(node, External | Sparse) and self.size:
-            if isinstance(node, External):
-                self.xattrs |= overlay.external_marks(node.path, node.digest)
-            if self.size > FILE_MAX:
-                raise self.error(f"a file of {self.size} bytes; an image takes {FILE_MAX}")
-            return Hole(self.size)
+        if isinstance(node, External):
+            if not self.size:
+                return Nothing()
+            self.xattrs |= overlay.external_marks(node.path, node.digest)
+            return self._hole()
         if isinstance(node, Inline):
             self.size = len(node.content)
             if self.size > INLINE_MAX:
@@ -263,7 +262,12 @@ class _Inode:
             if not 0 < self.size <= ondisk.SYMLINK_MAX or b"\0" in node.target:
                 raise self.error(f"a symlink's target has 1 to {ondisk.SYMLINK_MAX} bytes, and no NUL")
             return SymlinkTarget(node.target)
-        return Nothing()
+        return self._hole() if isinstance(node, Sparse) and self.size else Nothing()
+
+    def _hole(self) -> Hole:
+        if self.size > FILE_MAX:
+            raise self.error(f"a file of {self.size} bytes; an image takes {FILE_MAX}")
+        return Hole(self.size)
 
     @property
     def nid(self) -> int:
