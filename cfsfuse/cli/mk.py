@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from cfsfuse import collector
 from cfsfuse.builder.destination import STANDARD_OUTPUT
 from cfsfuse.builder.image import Job, count, from_directory, from_tree, read_dump
 from cfsfuse.builder.scan import Options, Xattrs
@@ -129,8 +131,11 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     _check(arguments)
-    with common.terminable():
+    with collector.paused(), common.terminable():
         built = _from_file(arguments) if arguments.from_file else _from_directory(arguments)
+        # The tree lives to the end of the process. To look for cycles in it now, and again at exit, would take longer
+        # than to write the image.
+        gc.freeze()
     with common.output():
         if arguments.json:
             print(json.dumps(_document(built, time.monotonic() - began), indent=2))
