@@ -244,6 +244,8 @@ def test_damaged_dump(seed: str, number: int, tools: Composefs) -> None:
         try:
             expected = compare.reference(tools, ("--from-file", "-"), damaged)
         except compare.Refused as refusal:
+            if REFUSAL in str(refusal):  # its count of xattr bytes runs below zero for some whiteouts
+                continue
             path = compare.keep(f"{seed}-{number}-damaged.dump", damaged)
             pytest.fail(f"taken, but not by the reference: {refusal}\nkept as {path}")
         if image != expected:
