@@ -156,6 +156,17 @@ def exercise(content: bytes) -> list[ImageError]:
 
 
 @contextlib.contextmanager
+def leaving_nothing(seconds: int) -> Iterator[None]:
+    """Let the block leave no descriptor and no process, nor last longer than `seconds`."""
+    before = set(os.listdir("/proc/self/fd"))
+    with time_limit(seconds):
+        yield
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Fail when the block takes longer: a hang is a finding, not a reason to wait for the session's timeout."""
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from cfsfuse.errors import SourceError, StoreError
 from cfsfuse.objects import WHOLE_FILE_MAX
-from cfsfuse.verity.digest import SHA256, file_digest
-from cfsfuse.verity.merkle import Geometry, build, content_digest
+from cfsfuse.verity.digest import SHA256
+from cfsfuse.verity.merkle import content_digest, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +121,7 @@ def measure_file(
     fd: int, size: int, write: WriteTree | None = None, note: Callable[[int], None] | None = None
 ) -> bytes:
     """Return the digest of a file of `size` bytes; `write` takes its Merkle tree. Raises OSError or Changed."""
-    return file_digest(SHA256, size, build(Geometry(SHA256, size), chunks(fd, size, note), write))
+    return digest_of(SHA256, size, chunks(fd, size, note), write)
 
 
 class Opener:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator
 
-    from cfsfuse.mount.plan import Verdict
+    from cfsfuse.mount.plan import Backend, Verdict
 
 # What may be asked of a mount, and the options that ask for it.
 _PROMISES = {"verified": "tryverity", "verified, all of it": "verity", "not verified": "noverity"}
@@ -67,10 +67,10 @@ def _lines(host: Host, verdicts: dict[str, list[Verdict]]) -> Iterator[str]:
         yield from explanation(found)
 
 
-def explanation(verdicts: Iterable[Verdict], chosen: str | None = None) -> Iterator[str]:
+def explanation(verdicts: Iterable[Verdict], chosen: Backend | None = None) -> Iterator[str]:
     """Yield a line for each backend: whether it can be taken, whether it is `chosen`, and why not."""
     for backend, problems in verdicts:
-        state = "chosen" if backend.value == chosen else "possible" if not problems else "refused"
+        state = "chosen" if backend is chosen else "possible" if not problems else "refused"
         yield f"  {backend.value:8} {state}" + "".join(
             f"{': ' if not at else '; '}{text}" for at, text in enumerate(problems)
         )

@@ -6,13 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cfsfuse.cli.doctor import explanation
-from cfsfuse.mount.ladder import explain, mount
-from cfsfuse.mount.options import AUTO, BACKENDS, parse
+from cfsfuse.mount.ladder import mount
+from cfsfuse.mount.options import BACKENDS, parse
 
 if TYPE_CHECKING:
     import argparse
 
-    from cfsfuse.mount.options import MountOptions
+    from cfsfuse.mount.plan import Backend, Verdict
 
 OPTION_HELP = """\
 mount options (-o, separated by commas; \\, and \\: stand for a comma and a colon in a path):
@@ -62,15 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(",".join(arguments.options))
     if arguments.backend is not None:
         options = dataclasses.replace(options, backend=arguments.backend)
-    if arguments.explain:
-        _explain(arguments, options)
-    mount(arguments.image, arguments.mountpoint, options, foreground=arguments.foreground)
+    tell = _explain if arguments.explain else None
+    mount(arguments.image, arguments.mountpoint, options, foreground=arguments.foreground, tell=tell)
     return 0
 
 
-def _explain(arguments: argparse.Namespace, options: MountOptions) -> None:
-    verdicts = explain(arguments.image, options, foreground=arguments.foreground)
-    possible = [verdict.backend.value for verdict in verdicts if not verdict.problems]
-    chosen = next((name for name in possible if options.backend in (AUTO, name)), None)
+def _explain(verdicts: list[Verdict], chosen: Backend | None) -> None:
     for line in explanation(verdicts, chosen):
         print(line, flush=True)  # a daemon would have what is not written yet as well

@@ -18,28 +18,31 @@ if TYPE_CHECKING:
     from cfsfuse.mount.options import MountOptions
     from cfsfuse.mount.plan import Verdict
 
+    Tell = Callable[[list[Verdict], Backend | None], None]
 
-def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> Backend:
+
+def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: bool, tell: Tell | None = None) -> Backend:
     """Mount an image and return, when the mount is usable, by which backend; in the foreground, when it is unmounted.
 
-    Raises a CfsError, with nothing mounted and no process left.
+    `tell` hears before that what speaks against each backend, and which one is taken, if any. Raises a CfsError, with
+    nothing mounted and no process left.
     """
     not_ours = daemon.open_descriptors()
     if not options.basedir:
         raise UsageError("no base directory: name the object store with -o basedir=")
     reader = reader_of(image, options.digest)
-    backend = choose(options, Host(reader, options.basedir).look, foreground=foreground)
+    look = Host(reader, options.basedir).look
+    chosen = None
+    try:
+        backend = chosen = choose(options, look, foreground=foreground)
+    finally:
+        if tell is not None:
+            tell(list(judge(options, look, foreground=foreground)), chosen)
     if backend is Backend.KERNEL:
         kernel.mount(image, mountpoint, options)
     else:
         fuse.mount(fuse.Opened(image, reader(), not_ours), mountpoint, options, foreground=foreground)
     return backend
-
-
-def explain(image: str, options: MountOptions, *, foreground: bool) -> list[Verdict]:
-    """Return what speaks against each backend for an image, the preferred first."""
-    host = Host(reader_of(image, options.digest), options.basedir)
-    return list(judge(options, host.look, foreground=foreground))
 
 
 def reader_of(image: str, digest: str | None) -> Callable[[], Reader]:
