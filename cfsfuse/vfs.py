@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import trio
 
@@ -39,6 +39,8 @@ _DISK_THREADS = 16
 _TREE_THREADS = 2
 _NODE_BUDGET = 4 << 20  # bytes
 _NODE_OVERHEAD = 1000  # bytes that a node costs besides its content and xattrs
+_XATTRS_BUDGET = 2 << 20  # bytes
+_XATTRS_OVERHEAD = 600  # bytes that an inode's xattrs cost besides their values
 _REPORTS = 4096
 _LONGEST_SEARCH = 5.0  # seconds; an error is logged without its path then
 
@@ -78,6 +80,7 @@ class Vfs:
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
         self._pace = Pace(may_be_fast=store.is_local)
+        self._xattrs: Lru[int, dict[bytes, bytes]] = Lru(_XATTRS_BUDGET)
         self._nodes: Lru[Nid, Node] = Lru(_NODE_BUDGET)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
         self._findings: list[tuple[Nid, str]] = []
@@ -111,8 +114,23 @@ class Vfs:
 
     def xattr(self, nid: int, name: bytes) -> bytes | None:
         """Return the value of an xattr, None when the inode has none of that name."""
-        node = self._nodes.get(Nid(nid))
-        return self.reader.xattr(self.inode(nid), name) if node is None else node.xattrs.get(name)
+        known = self._xattrs.get(nid)
+        if known is None:
+            inode = self.inode(nid)
+            if self.reader.surely_lacks(inode, name):
+                return None
+            known = self._keep_xattrs(inode)
+        return known.get(name)
+
+    def prepare_xattrs(self, nid: int) -> None:
+        """Read the xattrs of an inode that somebody will ask for: overlayfs asks for three of each file."""
+        if self._xattrs.get(nid) is None:
+            self._keep_xattrs(self.inode(nid))
+
+    def _keep_xattrs(self, inode: Inode) -> dict[bytes, bytes]:
+        xattrs = self.reader.xattrs(inode)
+        self._xattrs.put(inode.nid, xattrs, _XATTRS_OVERHEAD + sum(map(len, xattrs.values())))
+        return xattrs
 
     def xattrs(self, nid: int) -> dict[bytes, bytes]:
         """Return the xattrs of an inode, as the kernel mount shows them to root."""
@@ -146,42 +164,60 @@ class Vfs:
 
     async def open(self, nid: int) -> None:
         """Check that a regular file can be read; raise the ObjectError that says why not."""
+        if not self.open_now(nid):
+            await self.read(nid, 0, 0)
+
+    def open_now(self, nid: int) -> bool:
+        """Do what `open` does if no thread is needed for it; return whether that was so."""
         node = self.node(nid)
-        if isinstance(node, External):
-            await self._read_object(nid, node, 0, 0)
+        return not isinstance(node, External) or self._object_now(nid, node, 0, 0) is not None
 
     async def read(self, nid: int, offset: int, length: int) -> Bytes:
         """Return verified bytes of a regular file, fewer than `length` only at its end."""
+        data = self.read_now(nid, offset, length)
+        if data is None:  # only what is in an object has to be waited for
+            data = await self._object_later(nid, cast("External", self.node(nid)), offset, length)
+        return data
+
+    def read_now(self, nid: int, offset: int, length: int) -> Bytes | None:
+        """Return what `read` does, None when a thread is needed for it."""
         node = self.node(nid)
         if isinstance(node, External):
-            return await self._read_object(nid, node, offset, length)
+            return self._object_now(nid, node, offset, length)
         if isinstance(node, Inline):
             return memoryview(node.content)[offset : offset + length]
         if isinstance(node, Sparse):
             return bytes(max(0, min(length, node.stat.size - offset)))
         raise ImageError("i_mode", f"nid {nid} is read, but is no regular file: {node.stat.mode:o}")
 
-    async def _read_object(self, nid: int, node: External, offset: int, length: int) -> Bytes:
-        """Read an object; length 0 does what opening it demands."""
+    def _object_now(self, nid: int, node: External, offset: int, length: int) -> Bytes | None:
+        """Read an object without a thread, None when that cannot be; length 0 does what opening it demands."""
         try:
             loaded = _unless(BlockingIOError, functools.partial(self._store.load, node, offset, length, wait=False))
+            if loaded is None and self._pace.is_fast:
+                loaded = self._load_timed(node, offset, length)
+            return None if loaded is None else self._store.finish(loaded, offset, length)
+        except ObjectError as error:
+            self._report(nid, error)
+            raise
+
+    async def _object_later(self, nid: int, node: External, offset: int, length: int) -> Bytes:
+        """Read an object, waiting for it in a thread."""
+        try:
+            loaded = await self._in_thread(functools.partial(self._load_timed, node, offset, length), self._disk)
             if loaded is None:
-                loaded = await self._load_waiting(node, offset, length)
+                # A tree has to be computed: that may take minutes, and must not take the threads of everybody else.
+                load = functools.partial(self._store.load, node, offset, length)
+                loaded = await self._in_thread(load, self._trees)
             return self._store.finish(loaded, offset, length)
         except ObjectError as error:
             self._report(nid, error)
             raise
 
-    async def _load_waiting(self, node: External, offset: int, length: int) -> Loaded:
-        """Load what has to be waited for: in a thread, or here while the disk is faster than threads are."""
-        load = functools.partial(self._store.load, node, offset, length)
-        timed = functools.partial(self._pace.timed, functools.partial(load, compute=False))
-        attempt = functools.partial(_unless, TreeNeeded, timed)
-        loaded = attempt() if self._pace.is_fast else await self._in_thread(attempt, self._disk)
-        if loaded is None:
-            # A tree has to be computed: that may take minutes, and must not take the threads of everybody else.
-            loaded = await self._in_thread(load, self._trees)
-        return loaded
+    def _load_timed(self, node: External, offset: int, length: int) -> Loaded | None:
+        """Load what has to be waited for, and note the disk's pace; None when a tree has to be computed first."""
+        load = functools.partial(self._store.load, node, offset, length, compute=False)
+        return _unless(TreeNeeded, functools.partial(self._pace.timed, load))
 
     async def _in_thread(self, load: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         self.in_flight += 1

@@ -15,7 +15,8 @@ pyfuse3 = pytest.importorskip("pyfuse3")
 
 from cfsfuse import errors  # noqa: E402
 from cfsfuse.erofs.image import Image  # noqa: E402
-from cfsfuse.fuse.operations import ERRNO, Operations, guarded  # noqa: E402
+from cfsfuse.fuse.answers import ERRNO  # noqa: E402
+from cfsfuse.fuse.operations import Operations, guarded  # noqa: E402
 from cfsfuse.vfs import Vfs  # noqa: E402
 from tests import imagemaker as im  # noqa: E402
 from tests.support import Store, reader_of, reported, sample  # noqa: E402
@@ -264,7 +265,7 @@ async def test_xattrs_that_are_there(served: Served, monkeypatch: pytest.MonkeyP
     for name, value in expected.items():
         assert await served.operations.getxattr(nid, name, CONTEXT) == value
     for seen in (True, False):
-        monkeypatch.setattr("cfsfuse.fuse.operations.sees_trusted", lambda _pid, seen=seen: seen)
+        monkeypatch.setattr("cfsfuse.fuse.caller.sees_trusted", lambda _pid, seen=seen: seen)
         names = list(await served.operations.listxattr(nid, CONTEXT))
         assert names == [name for name in expected if seen or not name.startswith(b"trusted.")]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 pytest.importorskip("pyfuse3")  # the package that this is a part of needs it
 
@@ -57,7 +58,7 @@ async def request(waiting: RequestWaiter, pipe: tuple[int, int]) -> None:
     """Let one request come while the waiter waits for it, and take it."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(waiting.wait_readable, pipe[0])
-        await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
         os.write(pipe[1], b"x")
     os.read(pipe[0], 1)
 
@@ -96,8 +97,23 @@ async def test_it_sleeps_when_polling_would_do_harm(
 ) -> None:
     processors(monkeypatch, count)
     waiting = waiter(seconds, idle=lambda: idle)
-    await close_requests(waiting, pipe, 200)
-    assert len(sleeps) == 200
+    for _ in range(50):
+        await request(waiting, pipe)
+    assert len(sleeps) == 50
+
+
+async def test_what_is_there_is_taken_without_sleep(
+    pipe: tuple[int, int], sleeps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processors(monkeypatch, 1)
+    await close_requests(waiter(0.0), pipe, 100)
+    assert sleeps == []
+
+
+async def test_what_is_taken_is_returned(pipe: tuple[int, int]) -> None:
+    given = iter([None, None, b"first"])
+    os.write(pipe[1], b"x")
+    assert await waiter(0.0).request(pipe[0], lambda: next(given)) == b"first"
 
 
 async def test_idle_wait_uses_no_processor_time(
@@ -105,7 +121,7 @@ async def test_idle_wait_uses_no_processor_time(
 ) -> None:
     processors(monkeypatch, 2)
     waiting = waiter(0.001)
-    await close_requests(waiting, pipe, 20)
+    await request(waiting, pipe)
     sleeps.clear()
     with trio.move_on_after(0.5):
         before = time.thread_time()
@@ -127,7 +143,7 @@ async def test_after_a_pause_it_waits_asleep_first(
         os.write(pipe[1], b"x")
     os.read(pipe[0], 1)
     sleeps.clear()
-    await close_requests(waiting, pipe, 1)
+    await request(waiting, pipe)
     assert len(sleeps) == 1
 
 

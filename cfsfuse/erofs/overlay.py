@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from cfsfuse.erofs.xattr import Xattr
 
@@ -23,8 +23,10 @@ REDIRECT = PREFIX + b"redirect"
 METACOPY = PREFIX + b"metacopy"
 ESCAPED_WHITEOUT = ESCAPED_PREFIX + b"whiteout"
 ESCAPED_WHITEOUTS = ESCAPED_PREFIX + b"whiteouts"
-USER_WHITEOUT = b"user.overlay.whiteout"
-USER_WHITEOUTS = b"user.overlay.whiteouts"
+USER_PREFIX = b"user.overlay."
+ESCAPED_USER_PREFIX = USER_PREFIX + b"overlay."
+USER_WHITEOUT = USER_PREFIX + b"whiteout"
+USER_WHITEOUTS = USER_PREFIX + b"whiteouts"
 # What the writer adds to mark whiteouts for both kinds of overlay mounts; the author of the tree did not write these.
 _MARKS = frozenset((ESCAPED_WHITEOUTS, USER_WHITEOUT, USER_WHITEOUTS))
 
@@ -45,16 +47,22 @@ class Digest(NamedTuple):
     value: bytes
 
 
-def mounted_xattrs(stored: Iterable[Xattr]) -> dict[bytes, bytes]:
-    """Return the xattrs that the kernel mount shows to root, in order; of a name that stands twice, the first."""
-    shown: dict[bytes, bytes] = {}
-    for name, value, index in stored:
-        if index == _UNHANDLED_INDEX:
-            continue
-        visible = unescaped(name)
-        if visible is not None:
-            shown.setdefault(visible, value)
-    return shown
+class View(NamedTuple):
+    """Under which names a mount shows xattrs: `shown` of a stored name, None when it is hidden, and `stored` back."""
+
+    shown: Callable[[bytes], bytes | None]
+    stored: Callable[[bytes], bytes]
+
+    def xattrs(self, stored: Iterable[Xattr]) -> dict[bytes, bytes]:
+        """Return the xattrs that are shown to root, in order; of a name that stands twice, the first."""
+        visible: dict[bytes, bytes] = {}
+        for name, value, index in stored:
+            if index == _UNHANDLED_INDEX:
+                continue
+            name_shown = self.shown(name)
+            if name_shown is not None:
+                visible.setdefault(name_shown, value)
+        return visible
 
 
 def authored_xattrs(stored: Iterable[Xattr], *, is_regular: bool) -> dict[bytes, bytes]:
@@ -111,6 +119,34 @@ def unescaped(name: bytes) -> bytes | None:
     if name.startswith(ESCAPED_PREFIX):
         return PREFIX + name[len(ESCAPED_PREFIX) :]
     return None
+
+
+def _escaped(name: bytes) -> bytes | None:
+    plain = unescaped(name)
+    is_taken = plain is not None and plain.startswith(USER_PREFIX)
+    return ESCAPED_USER_PREFIX + name[len(USER_PREFIX) :] if is_taken else plain
+
+
+def _escaped_or_renamed(name: bytes) -> bytes:
+    shown = _escaped(name)
+    return USER_PREFIX + name[len(PREFIX) :] if shown is None else shown
+
+
+def _stored_in_layer(name: bytes) -> bytes:
+    if name.startswith(ESCAPED_USER_PREFIX):
+        return USER_PREFIX + name[len(ESCAPED_USER_PREFIX) :]
+    return PREFIX + name[len(USER_PREFIX) :] if name.startswith(USER_PREFIX) else stored(name)
+
+
+MOUNTED = View(unescaped, stored)
+"""What the kernel mount shows."""
+
+LAYER = View(_escaped, _stored_in_layer)
+"""What overlayfs with `userxattr` has to find in a layer with contents in order to show that: xattrs of the content
+that have the name of one of its own, `user.overlay.*`, are escaped."""
+
+METADATA_LAYER = View(_escaped_or_renamed, _stored_in_layer)
+"""The same for a layer without contents: where they are say the image's `trusted.overlay.*`, as `user.overlay.*`."""
 
 
 def metacopy_digest(value: bytes) -> Digest | None:

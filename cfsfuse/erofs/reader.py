@@ -47,10 +47,11 @@ class Reader:
     `authored` alone differs: it gives a node as composefs-dump(5) writes it.
     """
 
-    def __init__(self, image: Image) -> None:
-        """Check that `image` is acceptable as composefs and that its root is a directory."""
+    def __init__(self, image: Image, view: overlay.View = overlay.MOUNTED) -> None:
+        """Check that `image` is acceptable as composefs and that its root is a directory; xattrs are as `view` has."""
         image.require_composefs()
         self.image = image
+        self._view = view
         self.root = self.inode(image.root_nid)
         if not self.root.is_directory:
             raise ImageError("root_nid", f"nid {image.root_nid} is not a directory")
@@ -141,12 +142,12 @@ class Reader:
         return inode
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
-        """Return the xattrs that the kernel mount shows to root."""
-        return overlay.mounted_xattrs(xattrs(self.image, inode))
+        """Return the xattrs that the view shows to root."""
+        return self._view.xattrs(xattrs(self.image, inode))
 
-    def xattr(self, inode: Inode, name: bytes) -> bytes | None:
-        """Return one of them: for the usual question, about a name that is not there, without reading any."""
-        return None if surely_absent(self.image, inode, overlay.stored(name)) else self.xattrs(inode).get(name)
+    def surely_lacks(self, inode: Inode, name: bytes) -> bool:
+        """Return whether `inode` has no xattr `name`: the usual answer, and mostly found without reading any."""
+        return surely_absent(self.image, inode, self._view.stored(name))
 
     def readlink(self, inode: Inode) -> bytes:
         """Return the target of a symbolic link."""
@@ -161,7 +162,7 @@ class Reader:
     def node(self, inode: Inode) -> Node:
         """Return the node of `inode` as the kernel mount shows it, with its content or where that is."""
         stored = list(xattrs(self.image, inode))
-        return self._node(inode, stored, overlay.mounted_xattrs(stored))
+        return self._node(inode, stored, self._view.xattrs(stored))
 
     def authored(self, inode: Inode) -> Node:
         """Return the node of `inode` as composefs-dump(5) writes it: an escaped whiteout is a 0:0 device again."""

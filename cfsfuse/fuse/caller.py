@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cfsfuse.privilege import has_sys_admin
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _WHOLE_ID_RANGE = ["0", "0", "4294967295"]
+
+
+def visible_names(names: Iterable[bytes], pid: int) -> list[bytes]:
+    """Return those of the `names` of xattrs that process `pid` may list."""
+    names = list(names)
+    if any(name.startswith(b"trusted.") for name in names) and not sees_trusted(pid):
+        return [name for name in names if not name.startswith(b"trusted.")]
+    return names
 
 
 def sees_trusted(pid: int) -> bool:

@@ -28,16 +28,16 @@ Entries = list[tuple[bytes, "Inode"]]
 class Prepared(NamedTuple, Generic[Answer]):
     """A session's form of what a directory block shows, and whether the directory has no block behind it."""
 
-    answers: list[Answer]
+    answer: Answer
     subdirectories: list[Nid]
     is_last: bool
 
 
 class Listings(Generic[Answer]):
-    """The listings of a `Vfs`, each entry in the form in which a session answers it."""
+    """The listings of a `Vfs`, in the form in which a session answers them."""
 
-    def __init__(self, vfs: Vfs, prepare: Callable[[Entries, int], list[Answer]], cookies: int) -> None:
-        """`prepare` makes the answers for entries (name and inode), the first of which has the cookie that it is given.
+    def __init__(self, vfs: Vfs, prepare: Callable[[Entries, int], Answer], cookies: int) -> None:
+        """`prepare` makes the answer for entries (name and inode), the first of which has the cookie that it is given.
 
         The cookie of an entry is the index of its directory block times `cookies`, plus its place there counted from 1:
         where a listing goes on behind it. So a listing goes on anywhere at no cost.
@@ -68,7 +68,6 @@ class Listings(Generic[Answer]):
 
     def _make(self, directory: int, block: int) -> Prepared[Answer]:
         entries, subdirectories, is_last = self._vfs.listing(directory, block)
-        answers = self._prepare(entries, block * self._cookies + 1)
-        prepared = Prepared(answers, subdirectories, is_last)
-        self._kept.put((directory, block), prepared, len(answers) + 1)
+        prepared = Prepared(self._prepare(entries, block * self._cookies + 1), subdirectories, is_last)
+        self._kept.put((directory, block), prepared, len(entries) + 1)
         return prepared

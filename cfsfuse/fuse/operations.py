@@ -11,20 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
-from cfsfuse.erofs import overlay
 from cfsfuse.erofs.ondisk import NAME_MAX
-from cfsfuse.errors import (
-    CfsError,
-    DigestMismatch,
-    ImageError,
-    ObjectForbidden,
-    ObjectMissing,
-    ObjectUnusable,
-    PathNotFound,
-)
-from cfsfuse.fuse.caller import sees_trusted
+from cfsfuse.errors import CfsError, ImageError
+from cfsfuse.fuse.answers import COOKIES, DEVICE_MASK, FOREVER, Reports, errno_of, errno_of_absent_xattr
+from cfsfuse.fuse.caller import visible_names
 from cfsfuse.fuse.listings import Entries, Listings
-from cfsfuse.lru import Lru
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -35,25 +26,6 @@ if TYPE_CHECKING:
     from cfsfuse.vfs import Vfs
 
 log = logging.getLogger(__name__)
-
-# The view never changes, so the kernel may keep everything it has learnt: a year, in seconds.
-FOREVER = 365 * 24 * 3600.0
-
-ERRNO: dict[type[CfsError], int] = {
-    PathNotFound: errno.ENOENT,
-    ObjectMissing: errno.ENOENT,
-    ObjectForbidden: errno.EACCES,
-    ObjectUnusable: errno.EIO,
-    DigestMismatch: errno.EIO,
-    ImageError: errno.EIO,
-}
-
-_XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
-_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
-_REPORTS = 1024
-_COOKIES = 512  # a directory block of 4096 bytes has at most 315 dirents
-
-_DEVICE_MASK = 0o130000  # S_IFCHR and S_IFBLK agree in these bits of S_IFMT, and no other type does
 
 Handler = TypeVar("Handler", bound="Callable[..., Awaitable[Any]]")
 
@@ -73,9 +45,7 @@ def guarded(handler: Handler) -> Handler:
         except CfsError as error:
             if isinstance(error, ImageError):
                 self.report(error)
-            raise FUSEError(
-                next((number for kind, number in ERRNO.items() if isinstance(error, kind)), errno.EIO)
-            ) from None
+            raise FUSEError(errno_of(error)) from None
         except Exception:
             log.exception("unexpected error in %s%r", handler.__name__, arguments)
             raise FUSEError(errno.EIO) from None
@@ -97,9 +67,9 @@ class Operations(pyfuse3.Operations):
         self._gid = gid
         self._root = vfs.root.nid
         self.enable_acl = vfs.reader.image.has_acl
-        self._listings = Listings(vfs, self._prepare, _COOKIES)
+        self._listings = Listings(vfs, self._prepare, COOKIES)
         self.work_ahead = self._listings.work_ahead
-        self._reported: Lru[str, bool] = Lru(_REPORTS)
+        self.report = Reports().report
         if self._root <= pyfuse3.ROOT_INODE:
             raise ImageError("root_nid", f"{self._root} cannot be served through FUSE")
         self._absent = EntryAttributes()
@@ -126,7 +96,7 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
-        block, skip = divmod(start_id, _COOKIES)
+        block, skip = divmod(start_id, COOKIES)
         while True:
             answers, _, is_last = self._listings.get(fh, block)
             for name, attributes, cookie in answers[skip:]:
@@ -165,10 +135,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        names = list(self._vfs.xattrs(self._nid(inode)))
-        if any(name.startswith(b"trusted.") for name in names) and not sees_trusted(ctx.pid):
-            names = [name for name in names if not name.startswith(b"trusted.")]
-        return [pyfuse3.XAttrNameT(name) for name in names]
+        return [pyfuse3.XAttrNameT(name) for name in visible_names(self._vfs.xattrs(self._nid(inode)), ctx.pid)]
 
     @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -180,12 +147,6 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         pass  # nothing is kept for an inode
-
-    def report(self, error: ImageError) -> None:
-        """Log an error of the image, each once: whoever may look at the mount could fill the log otherwise."""
-        if self._reported.get(str(error)) is None:
-            self._reported.put(str(error), True)
-            log.error("image: %s", error)
 
     def is_idle(self) -> bool:
         """Return whether no request is under way."""
@@ -212,15 +173,6 @@ class Operations(pyfuse3.Operations):
         answer.st_blocks = (size + 4095 >> 12) << 3
         answer.st_atime_ns = answer.st_mtime_ns = answer.st_ctime_ns = mtime_ns
         answer.entry_timeout = answer.attr_timeout = FOREVER
-        if mode & _DEVICE_MASK == stat.S_IFCHR:
+        if mode & DEVICE_MASK == stat.S_IFCHR:
             answer.st_rdev = i_u
         return answer
-
-
-def errno_of_absent_xattr(name: bytes) -> int:
-    """Return what the kernel mount answers for a name that an inode does not have: it depends on the name's handler."""
-    if name in (*_XATTR_PREFIXES, overlay.PREFIX):
-        return errno.EINVAL
-    if name.startswith(overlay.PREFIX) and len(overlay.stored(name)) > NAME_MAX:
-        return errno.EOPNOTSUPP  # overlayfs escapes the name, and then it is too long
-    return errno.ENODATA if name.startswith(_XATTR_PREFIXES) or name in _ACLS else errno.EOPNOTSUPP

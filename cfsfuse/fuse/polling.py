@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import select
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 # The event loop gets a turn at least that often, in seconds: signals and finished threads wait for it.
 _TURN = 0.001
@@ -44,20 +46,25 @@ class RequestWaiter:
         if fd != self._fd:
             self._poll.register(fd, select.POLLIN)
             self._fd = fd
+        await self.request(fd, lambda: self._poll.poll(0) or None)
+
+    async def request(self, fd: int, take: Callable[[], T | None]) -> T:
+        """Return what `take` gives; when it has nothing to give, it will have when `fd` is readable."""
         start = perf_counter()
         if start - self._last_turn > _TURN:
             await trio.lowlevel.checkpoint()
             start = self._last_turn = perf_counter()
-        if self._close and self._is_idle() and self._poll_until(start + self._seconds):
-            return
-        await trio.lowlevel.wait_readable(fd)
-        self._last_turn = perf_counter()
-        self._close = self._last_turn - start < self._seconds * _CLOSE
+        found = self._take_until(start + self._seconds, take) if self._close and self._is_idle() else take()
+        while found is None:
+            await trio.lowlevel.wait_readable(fd)
+            self._last_turn = perf_counter()
+            self._close = self._last_turn - start < self._seconds * _CLOSE
+            found = take()
+        return found
 
-    def _poll_until(self, end: float) -> bool:
-        """Poll; return whether there is a request, False when it is time to sleep."""
-        poll = self._poll.poll
-        while not poll(0):
+    def _take_until(self, end: float, take: Callable[[], T | None]) -> T | None:
+        """Poll until there is something, or until it is time to sleep."""
+        while (found := take()) is None:
             if not self._work_ahead() and perf_counter() > end:
-                return False
-        return True
+                return None
+        return found

@@ -6,25 +6,22 @@ pyfuse3 keeps one session a process, in globals.
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 import os
-import signal
 import types
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
 from cfsfuse.errors import HostError
+from cfsfuse.fuse.life import SIGNALS, settle_memory, stop_on_signal
 from cfsfuse.fuse.polling import RequestWaiter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from cfsfuse.fuse.life import Life
     from cfsfuse.fuse.operations import Operations
-
-log = logging.getLogger(__name__)
 
 # Requests under way at once, each in a task: many more than may wait for threads, so that metadata never waits for
 # them.
@@ -57,16 +54,6 @@ class Turn:
             self._waiting.unpark()
 
 
-class Life(Protocol):
-    """What the one who mounts wants to know, and knows, of the mount's life."""
-
-    def begins(self) -> None:
-        """The mount is usable."""
-
-    def is_mine(self) -> bool:
-        """Return whether what is mounted there is still this mount, and to be unmounted at the end."""
-
-
 async def serve(operations: Operations, mountpoint: str, options: Sequence[str], *, poll: float, life: Life) -> None:
     """Mount at `mountpoint` and serve until it is unmounted, or until SIGINT or SIGTERM.
 
@@ -74,30 +61,22 @@ async def serve(operations: Operations, mountpoint: str, options: Sequence[str],
     mount fails; then nothing stays mounted.
     """
     async with contextlib.AsyncExitStack() as stack:
-        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+        signals = stack.enter_context(trio.open_signal_receiver(*SIGNALS))
         _mount(operations, mountpoint, options)
         # Lazily, so a mount in use goes away as well.
-        stack.callback(lambda: pyfuse3.close(unmount=life.is_mine()))
+        stack.callback(lambda: pyfuse3.close(unmount=life.ends()))
         stack.enter_context(_polled(RequestWaiter(poll, operations.is_idle, operations.work_ahead)))
-        # What exists now lives as long as the mount: no collection needs to look at it again.
-        gc.freeze()
-        gc.enable()
-        # Listings allocate by the thousand and hardly anything is a cycle: look for those seldom.
-        gc.set_threshold(50_000)
+        settle_memory()
+        await life.begins()
         nursery = await stack.enter_async_context(trio.open_nursery())
-        nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
-        life.begins()
+
+        def stop() -> None:
+            pyfuse3.terminate()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(stop_on_signal, signals, stop)
         await pyfuse3.main(min_tasks=_TASKS, max_tasks=_TASKS)
         nursery.cancel_scope.cancel()
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], session: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("%s: unmounting", signal.Signals(number).name)
-        pyfuse3.terminate()
-        # Requests that wait for a disk are not waited for.
-        session.cancel()
-        return
 
 
 @contextlib.contextmanager
