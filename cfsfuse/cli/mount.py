@@ -6,12 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cfsfuse.cli.doctor import explanation
+from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.options import BACKENDS, parse
 
 if TYPE_CHECKING:
     import argparse
 
+    from cfsfuse.mount.options import MountOptions
     from cfsfuse.mount.plan import Backend, Verdict
 
 OPTION_HELP = """\
@@ -24,9 +26,9 @@ mount options (-o, separated by commas; \\, and \\: stand for a comma and a colo
   allow_other         let other users in; the default for root (noallow_other)
   uid=N, gid=N        show every file as owned by this user, by this group
   statfs=store|image  the free space that df shows: of the object store (default), or none
-  backend=NAME        auto (default): the kernel where it keeps the promise, else FUSE; kernel; fuse
+  backend=NAME        auto (default): the first of kernel, overlay and fuse that keeps the promise; or one of them
   upperdir=DIR, workdir=DIR
-                      a kernel mount that takes changes, in upperdir; ro: it does not
+                      a tree that takes changes, in upperdir; ro: it does not
   idmap=FILE          a kernel mount with owners mapped as in this user namespace (/proc/PID/ns/user)
   log=FILE            write the log there; without it the system's log has it, or where there is none
                       ~/.local/state/cfsfuse/log/cfsfuse.log
@@ -44,26 +46,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f", "--foreground", action="store_true", help="serve through FUSE in the foreground, log to standard error"
     )
-    parser.add_argument("--backend", choices=BACKENDS, help="how to mount: as -o backend=")
+    add_backend(parser)
     parser.add_argument("--explain", action="store_true", help="say why each backend is chosen or refused")
 
 
 def add_operands(parser: argparse.ArgumentParser) -> None:
     """Add what `mount.cfsfuse` takes as well."""
-    parser.epilog = OPTION_HELP
     parser.add_argument("image", metavar="IMAGE", help="the composefs image")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `-o`, with the help of it."""
+    parser.epilog = OPTION_HELP
     parser.add_argument(
         "-o", "--options", metavar="OPTIONS", action="append", default=[], help="mount options, see below"
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, help="how to mount: as -o backend=")
+
+
+def options_of(arguments: argparse.Namespace) -> MountOptions:
+    """Return what -o and --backend ask for."""
     options = parse(",".join(arguments.options))
-    if arguments.backend is not None:
-        options = dataclasses.replace(options, backend=arguments.backend)
+    return options if arguments.backend is None else dataclasses.replace(options, backend=arguments.backend)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments)
     tell = _explain if arguments.explain else None
-    mount(arguments.image, arguments.mountpoint, options, foreground=arguments.foreground, tell=tell)
+    serving = Serving.FOREGROUND if arguments.foreground else Serving.BACKGROUND
+    mount(arguments.image, arguments.mountpoint, options, serving, tell)
     return 0
 
 

@@ -53,5 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.fake:
         defaults = ("suid", "dev") if has_sys_admin() else ()
         options = dataclasses.replace(options, flags=(*defaults, *options.flags))
-        mount(arguments.image, arguments.mountpoint, options, foreground=False)
+        mount(arguments.image, arguments.mountpoint, options)
     return DONE

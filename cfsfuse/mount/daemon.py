@@ -5,16 +5,28 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import signal
 import sys
+from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
 from cfsfuse.errors import CfsError, HostError
+from cfsfuse.mount import syscalls
 from cfsfuse.mount.places import log_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 log = logging.getLogger(__name__)
+
+
+class Serving(Enum):
+    """Which process serves a mount, and how long."""
+
+    BACKGROUND = "a daemon"
+    TIED = "a daemon that ends when the process that mounts does"
+    FOREGROUND = "the process that mounts"
+
 
 _SYSLOG = "/dev/log"
 _READY = b"\0"
@@ -27,16 +39,19 @@ def open_descriptors() -> list[int]:
     return [fd for fd in listed if fd > 2 and os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
-def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int]) -> None:
+def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int], *, tied: bool = False) -> None:
     """Run `serve` in a child process; return when it calls its argument, raise HostError with its reason otherwise.
 
     The parent waits on a pipe. The child is a session of its own. It closes `not_ours` at once, and the standard
     streams when it is ready: whoever reads from them, or waits for a lock on them, must not wait for the mount's end.
+    With `tied` it unmounts when this process ends.
     """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        if tied:
+            syscalls.die_with_parent(signal.SIGTERM)
         for fd in not_ours:
             os.close(fd)
         _child(serve, writing)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 from cfsfuse.erofs.ondisk import COMPOSEFS_FLAG_HAS_ACL
 from cfsfuse.errors import HostError, ImageDigestMismatch, ImageError, UsageError
 from cfsfuse.imagefile import beginning, check_digest, mapped, naming, sealed_copy
-from cfsfuse.mount import syscalls
+from cfsfuse.mount import overlayfs, syscalls
 from cfsfuse.mount.layers import opened_layers
 from cfsfuse.mount.mountinfo import COMPOSEFS_SOURCE
 from cfsfuse.mount.mountpoint import check_mountpoint, claimed
+from cfsfuse.mount.overlayfs import TooOldError
 from cfsfuse.mount.syscalls import Context, closing
-from cfsfuse.objects import Verification
 from cfsfuse.verity.ioctl import measure
 
 if TYPE_CHECKING:
@@ -34,22 +34,9 @@ if TYPE_CHECKING:
     from cfsfuse.mount.layers import Layers
     from cfsfuse.mount.options import MountOptions
 
-_VERITY = {Verification.OFF: None, Verification.RECORDED: "on", Verification.REQUIRED: "require"}
-_ATTRIBUTES = {
-    "nosuid": syscalls.ATTR_NOSUID,
-    "nodev": syscalls.ATTR_NODEV,
-    "noexec": syscalls.ATTR_NOEXEC,
-}
-# redirect_dir and metacopy are what the image's xattrs need.
-_PARAMETERS = {"source": COMPOSEFS_SOURCE, "metacopy": "on", "redirect_dir": "on"}
-_NO_DESCRIPTORS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # as overlayfs of different ages says it
-NO_VERITY = "overlayfs of this kernel does not verify: that needs Linux 6.6; noverity mounts without it"
+# What the image's xattrs need.
+_PARAMETERS = {"metacopy": "on", "redirect_dir": "on"}
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
-_CLONE_NEWUSER = 0x10000000
-
-
-class _TooOldError(Exception):
-    """The kernel lacks a part of the new mount calls: fsopen(2) itself, or overlayfs' `lowerdir+`."""
 
 
 def mount(image_path: str, mountpoint: str, options: MountOptions) -> None:
@@ -66,7 +53,7 @@ def mount(image_path: str, mountpoint: str, options: MountOptions) -> None:
             erofs = _Erofs(image, has_acl=has_acl, user_namespace=user_namespace)
             try:
                 _mount(erofs, layers, mountpoint, options)
-            except _TooOldError:
+            except TooOldError:
                 _mount_the_old_way(erofs, layers, mountpoint, options)
     except OSError as error:
         raise HostError(f"{mountpoint}: the kernel does not mount this: {error.strerror}") from None
@@ -113,7 +100,7 @@ def _user_namespace(path: str) -> Iterator[int]:
             kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
         except OSError:
             kind = 0
-        if kind != _CLONE_NEWUSER:
+        if kind != syscalls.CLONE_NEWUSER:
             raise UsageError(f"idmap={path}: not a user namespace; name one as /proc/PID/ns/user")
         yield fd
 
@@ -176,82 +163,34 @@ def _mount(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions
     with contextlib.ExitStack() as stack:
         try:
             lower = stack.enter_context(erofs.detached())
-            context = stack.enter_context(Context("overlay"))
         except OSError as error:
             if error.errno == errno.ENOSYS:
-                raise _TooOldError from None
+                raise TooOldError from None
             raise
-        if context.takes_anything():
-            raise _TooOldError
-        for key, layer in _by_key(lower, layers):
-            _set_layer(context, key, layer)
-        for key, value in _PARAMETERS.items():
-            context.set(key, value)
-        if verity := _VERITY[options.verification]:
-            _set_verity(context, verity)
-        mount = stack.enter_context(closing(context.mount(_attributes(options))))
+        verity = overlayfs.VERITY[options.verification]
+        mount = stack.enter_context(overlayfs.above(lower, layers, _PARAMETERS, options, verity))
         syscalls.move_mount(mount, mountpoint)
-
-
-def _by_key(lower: int, layers: Layers) -> Iterator[tuple[str, int]]:
-    yield "lowerdir+", lower
-    for fd in layers.data:
-        yield "datadir+", fd
-    if layers.upper is not None and layers.work is not None:
-        yield "upperdir", layers.upper
-        yield "workdir", layers.work
-
-
-def _set_layer(context: Context, key: str, layer: int) -> None:
-    """Add a layer, as a descriptor (6.13) or as the magic link to it (6.7)."""
-    try:
-        context.set(key, layer)
-    except OSError as error:
-        if error.errno not in _NO_DESCRIPTORS:
-            raise
-        try:
-            context.set(key, f"/proc/self/fd/{layer}")
-        except OSError as again:
-            if again.errno == errno.EINVAL and key == "lowerdir+":
-                raise _TooOldError from None
-            raise
-
-
-def _set_verity(context: Context, verity: str) -> None:
-    try:
-        context.set("verity", verity)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise HostError(NO_VERITY) from None
-        raise
 
 
 def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
     """Mount by mount(2). The layers go in as magic links to descriptors, which need no escaping."""
-    verity = _VERITY[options.verification]
+    verity = overlayfs.VERITY[options.verification]
     with erofs.attached() as directory, closing(os.open(directory, os.O_PATH | os.O_CLOEXEC)) as lower:
-        writable = "".join(f",{key}=/proc/self/fd/{fd}" for key, fd in _by_key(lower, layers) if key[-1] != "+")
+        writable = "".join(
+            f",{key}=/proc/self/fd/{fd}" for key, fd in overlayfs.by_key(lower, layers) if key[-1] != "+"
+        )
         lowers = [f"/proc/self/fd/{fd}" for fd in (lower, *layers.data)]
-        parameters = ",".join(f"{key}={value}" for key, value in _PARAMETERS.items() if key != "source")
+        parameters = ",".join(f"{key}={value}" for key, value in _PARAMETERS.items())
         # Data-only layers since 6.5; `verity` since 6.6, and only with them.
         for separator in ("::", ":"):
             data = f"{parameters},lowerdir={separator.join(lowers)}{writable}"
             data += f",verity={verity}" if verity else ""
             try:
-                syscalls.old_mount(COMPOSEFS_SOURCE, mountpoint, "overlay", _attributes(options), data)
+                syscalls.old_mount(COMPOSEFS_SOURCE, mountpoint, "overlay", overlayfs.attributes(options), data)
             except OSError as error:
                 if error.errno != errno.EINVAL or separator == ":":
                     raise
                 if verity:
-                    raise HostError(NO_VERITY) from None
+                    raise HostError(overlayfs.NO_VERITY) from None
             else:
                 return
-
-
-def _attributes(options: MountOptions) -> int:
-    """Return the flags of the mount: the same bits in the new calls and in mount(2)."""
-    flags = dict.fromkeys(("nosuid", "nodev"), True)
-    for flag in options.flags:
-        flags[flag if flag in _ATTRIBUTES else "no" + flag] = flag in _ATTRIBUTES
-    attributes = sum(_ATTRIBUTES[flag] for flag, is_set in flags.items() if is_set and flag in _ATTRIBUTES)
-    return attributes | (0 if options.is_writable else syscalls.ATTR_RDONLY)

@@ -9,6 +9,7 @@ from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import UsageError
 from cfsfuse.imagefile import naming, open_image
 from cfsfuse.mount import daemon, fuse, kernel
+from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.plan import Backend, choose, judge
 from cfsfuse.mount.probe import Host
 
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
     Tell = Callable[[list[Verdict], Backend | None], None]
 
 
-def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: bool, tell: Tell | None = None) -> Backend:
+def mount(
+    image: str,
+    mountpoint: str,
+    options: MountOptions,
+    serving: Serving = Serving.BACKGROUND,
+    tell: Tell | None = None,
+) -> Backend:
     """Mount an image and return, when the mount is usable, by which backend; in the foreground, when it is unmounted.
 
     `tell` hears before that what speaks against each backend, and which one is taken, if any. Raises a CfsError, with
@@ -32,6 +39,7 @@ def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: boo
         raise UsageError("no base directory: name the object store with -o basedir=")
     reader = reader_of(image, options.digest)
     look = Host(reader, options.basedir).look
+    foreground = serving is Serving.FOREGROUND
     chosen = None
     try:
         backend = chosen = choose(options, look, foreground=foreground)
@@ -41,7 +49,8 @@ def mount(image: str, mountpoint: str, options: MountOptions, *, foreground: boo
     if backend is Backend.KERNEL:
         kernel.mount(image, mountpoint, options)
     else:
-        fuse.mount(fuse.Opened(image, reader(), not_ours), mountpoint, options, foreground=foreground)
+        opened = fuse.Opened(image, reader(), not_ours)
+        fuse.mount(opened, mountpoint, options, backend, serving)
     return backend
 
 

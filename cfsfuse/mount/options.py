@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 AUTO = "auto"
-BACKENDS = (AUTO, "kernel", "fuse")
+BACKENDS = (AUTO, "kernel", "overlay", "fuse")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class Backend(Enum):
     """The ways to mount an image, the preferred first. docs/backends.md says what each needs and gives."""
 
     KERNEL = "kernel"
+    OVERLAY = "overlay"
     FUSE = "fuse"
 
 
@@ -31,6 +32,8 @@ class Fact(Enum):
 
     MOUNT = "mounts without a helper"
     KERNEL_VIEW = "kernel mounts of composefs images"
+    USER_OVERLAY = "overlayfs with user.* xattrs"
+    USER_OVERLAY_DATA = "the same with data-only layers"
     OVERLAY_VERITY = "overlayfs that verifies"
     OBJECTS_VERITY = "objects with fs-verity"
     FUSE = "/dev/fuse"
@@ -69,26 +72,33 @@ def _problems(
     backend: Backend, options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool
 ) -> Iterator[str]:
     yield from (f"{name}= is not for it" for name in _CANNOT[backend] if getattr(options, name) is not None)
-    if backend is Backend.KERNEL:
-        if options.allow_other is False:
-            yield "noallow_other is not for it: such a mount is there for everybody"
-        if foreground and options.backend == AUTO:
-            yield "--foreground is for a server, which it has not"
+    if _is_overlay(backend, options) and options.allow_other is False:
+        yield "noallow_other is not for it: such a mount is there for everybody"
+    if backend is Backend.KERNEL and foreground and options.backend == AUTO:
+        yield "--foreground is for a server, which it has not"
     for fact in _needs(backend, options):
         problem = look(fact)
         if problem is not None:
             yield problem
 
 
-_CANNOT = {Backend.KERNEL: ("uid", "gid"), Backend.FUSE: ("upperdir", "idmap")}
+_CANNOT = {Backend.KERNEL: ("uid", "gid"), Backend.OVERLAY: ("idmap",), Backend.FUSE: ("idmap",)}
+
+
+def _is_overlay(backend: Backend, options: MountOptions) -> bool:
+    """Return whether the tree is shown by overlayfs: through FUSE, that takes what is written."""
+    return backend is not Backend.FUSE or options.upperdir is not None
 
 
 def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
     """Yield the facts that a backend needs, in the order of what it costs to look at them."""
+    if backend is not Backend.KERNEL:
+        yield Fact.FUSE
+    yield Fact.MOUNT if _is_overlay(backend, options) else Fact.FUSE_MOUNT
     if backend is Backend.FUSE:
-        yield from (Fact.FUSE, Fact.FUSE_MOUNT)
+        if options.upperdir is not None:
+            yield Fact.USER_OVERLAY
         return
-    yield Fact.MOUNT
     if options.verification is not Verification.OFF:
         yield from (Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY)
-    yield Fact.KERNEL_VIEW
+    yield Fact.KERNEL_VIEW if backend is Backend.KERNEL else Fact.USER_OVERLAY_DATA

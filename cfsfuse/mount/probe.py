@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.erofs.writer import write
 from cfsfuse.errors import CfsError, HostError, ObjectError
-from cfsfuse.mount import kernel, syscalls
-from cfsfuse.mount.fuse import check_device
+from cfsfuse.mount import kernel, overlayfs, syscalls
+from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
 from cfsfuse.mount.plan import Fact
-from cfsfuse.mount.syscalls import Context
+from cfsfuse.mount.sessions import check_device
+from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.objects import Verification
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
 from cfsfuse.tree import Directory, Entry, External, Stat
@@ -118,13 +119,60 @@ def _overlay_verity() -> str | None:
     try:
         with Context("overlay") as context:
             if context.takes_anything():
-                return kernel.NO_VERITY
+                return overlayfs.NO_VERITY
             context.set("verity", "on")
     except OSError as error:
         if error.errno == errno.ENODEV:
             return "this kernel has no overlayfs: modprobe overlay"
-        return kernel.NO_VERITY if error.errno == errno.EINVAL else f"overlayfs: {error.strerror}"
+        return overlayfs.NO_VERITY if error.errno == errno.EINVAL else f"overlayfs: {error.strerror}"
     return None
+
+
+def _user_overlay() -> str | None:
+    """Let overlayfs show a directory, keeping its own xattrs where no privilege is needed for them."""
+    return _try_user_overlay(lambda _: None, "that needs Linux 5.11")
+
+
+def _user_overlay_data() -> str | None:
+    """Let it follow a redirect in such an xattr to a data-only layer."""
+
+    def read(mount: int) -> None:
+        with closing(os.open("file", os.O_RDONLY | os.O_CLOEXEC, dir_fd=mount)) as fd:
+            if os.read(fd, len(_CONTENT) + 1) != _CONTENT:
+                raise OSError(errno.EIO, "shows an empty file")
+
+    return _try_user_overlay(read, "that needs Linux 6.16")
+
+
+def _try_user_overlay(look: Callable[[int], None], needs: str) -> str | None:
+    try:
+        with Context("tmpfs") as context, closing(context.mount(0)) as scratch:
+            lower, data = (_made_directory(name, scratch) for name in ("lower", "data"))
+            with closing(lower), closing(data):
+                _make_redirected_file(lower, data)
+                parameters = {"userxattr": None}
+                with overlayfs.above(lower, Layers([data], None, None), parameters, MountOptions(), None) as mount:
+                    look(mount)
+    except overlayfs.TooOldError:
+        return f"overlayfs of this kernel does not take descriptors; {needs}"
+    except OSError as error:
+        return f"overlayfs: {error.strerror}; {needs}"
+    return None
+
+
+def _made_directory(name: str, parent: int) -> int:
+    os.mkdir(name, dir_fd=parent)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+
+
+def _make_redirected_file(lower: int, data: int) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    with closing(os.open("object", flags, 0o644, dir_fd=data)) as fd:
+        os.write(fd, _CONTENT)
+    with closing(os.open("file", flags, 0o644, dir_fd=lower)) as fd:
+        os.ftruncate(fd, len(_CONTENT))
+        os.setxattr(fd, "user.overlay.metacopy", b"")
+        os.setxattr(fd, "user.overlay.redirect", b"/object")
 
 
 def _kernel_view() -> str | None:
@@ -215,6 +263,8 @@ def _fuse_mount() -> str | None:
 _TRIES = {
     Fact.MOUNT: _mount,
     Fact.KERNEL_VIEW: _kernel_view,
+    Fact.USER_OVERLAY: _user_overlay,
+    Fact.USER_OVERLAY_DATA: _user_overlay_data,
     Fact.OVERLAY_VERITY: _overlay_verity,
     Fact.FUSE: _device,
     Fact.FUSE_MOUNT: _fuse_mount,

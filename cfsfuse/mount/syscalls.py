@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
+_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -31,6 +32,7 @@ _FSCONFIG_SET_FD = 5
 _FSCONFIG_CMD_CREATE = 6
 _FSMOUNT_CLOEXEC = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
 _MOUNT_ATTR = struct.Struct("<QQQQ")  # attr_set, attr_clr, propagation, userns_fd
 
@@ -44,11 +46,14 @@ _MS_REC = 1 << 14
 _MS_SILENT = 1 << 15
 _MS_PRIVATE = 1 << 18
 _CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
+CLONE_NEWUSER = 0x10000000
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
 
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -135,16 +140,52 @@ def move_mount(mount: int, mountpoint: str) -> None:
     call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, os.fsencode(mountpoint), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
+def open_tree(path: str) -> int:
+    """Return a copy, attached nowhere, of the mounts at a path and below it."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
+    return call(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
+
+
 def set_idmap(mount: int, user_namespace: int) -> None:
     """Map the owners of a detached mount as `user_namespace`, a descriptor, does."""
-    attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
-    call(_SYS_MOUNT_SETATTR, mount, b"", _AT_EMPTY_PATH, attributes, len(attributes))
+    _set_attributes(mount, _MOUNT_ATTR_IDMAP, _AT_EMPTY_PATH, user_namespace)
+
+
+def set_read_only(mount: int) -> None:
+    """Let a detached mount, and those below it, take no changes."""
+    _set_attributes(mount, ATTR_RDONLY, _AT_EMPTY_PATH | _AT_RECURSIVE)
+
+
+def _set_attributes(mount: int, attributes: int, flags: int, user_namespace: int = 0) -> None:
+    packed = _MOUNT_ATTR.pack(attributes, 0, 0, user_namespace)
+    call(_SYS_MOUNT_SETATTR, mount, b"", flags, packed, len(packed))
 
 
 def old_mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     """mount(2), with no word in the kernel's log: callers try what it may not know."""
     arguments = [os.fsencode(word) for word in (source, target, fstype)]
     _checked(_libc.mount(*arguments, ctypes.c_ulong(flags | _MS_SILENT), os.fsencode(data)))
+
+
+def unshare_user() -> None:
+    """Give this process a user namespace of its own, with all capabilities in it and no owner mapped yet."""
+    _checked(_libc.unshare(CLONE_NEWUSER))
+
+
+def pivot_root() -> None:
+    """Make the mount point that is the working directory the root, and let go of the old one."""
+    if _libc.pivot_root(b".", b".") == 0:
+        umount(".", MNT_DETACH)
+    elif ctypes.get_errno() == errno.EINVAL:  # the root is that of an initramfs, which cannot be left so
+        os.chroot(".")
+    else:
+        _checked(-1)
+    os.chdir("/")
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number)))
 
 
 def unshare_mounts() -> None:
