@@ -140,7 +140,7 @@ def test_signal_ends_a_foreground_mount_with_0(user: User | None, number: signal
 
 
 def test_foreground_logs_to_standard_error(made: Stage) -> None:
-    words = [made.image, made.mountpoint, "-o", f"basedir={made.directory('empty')}"]
+    words = [made.image, made.mountpoint, "-o", f"backend=fuse,basedir={made.directory('empty')}"]
     with running(made.start(CFSFUSE, "mount", "--foreground", *words)) as process:
         wait_mounted(process, made.mountpoint)
         with pytest.raises(FileNotFoundError):
@@ -304,7 +304,7 @@ sys.exit(main())
 
 
 def test_an_unexpected_exception_costs_one_answer(made: Stage) -> None:
-    """Not the session: pyfuse3 would end it."""
+    """Not the session."""
     with running(made.start(sys.executable, "-c", BREAK_VFS, "mount", "-f", *made.words())) as process:
         wait_mounted(process, made.mountpoint)
         for _ in range(2):
@@ -316,7 +316,7 @@ def test_an_unexpected_exception_costs_one_answer(made: Stage) -> None:
         assert process.poll() is None
         made.unmount()
         assert process.wait(20) == 0
-    made.claim("^ERROR unexpected error in readlink", 2)
+    made.claim("^ERROR unexpected error in READLINK", 2)
     made.claim("^RuntimeError: the moon is full$", 2)
     made.claim("^Traceback", 2)
     made.claim("^  ", len([line for line in made.log_lines() if line.startswith("  ")]))

@@ -150,7 +150,7 @@ class Server:
         except CfsError as error:
             answer = self._errno(error)
         except Exception:  # one bad inode must not unmount the rest
-            log.exception("unexpected error in request %d of nid %d", opcode, nid)
+            log.exception("unexpected error in %s of nid %d", Opcode(opcode).name, nid)
             answer = errno.EIO
         if answer is not None:
             self._reply(unique, answer)

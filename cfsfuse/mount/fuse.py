@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.mount import daemon
 from cfsfuse.mount.daemon import Serving
+from cfsfuse.mount.fusemount import check_device
 from cfsfuse.mount.layers import opened_layers
 from cfsfuse.mount.mountpoint import check_mountpoint, claimed
+from cfsfuse.mount.options import PYFUSE3
 from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.plan import Backend
-from cfsfuse.mount.sessions import Life, Plain, Stacked, check_device
+from cfsfuse.mount.sessions import LibFuse, Life, Plain, Stacked
 from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore
@@ -50,12 +52,12 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
     with contextlib.ExitStack() as stack:
         # Opened before anything is mounted: a store below the mountpoint is the one underneath.
         directories = BaseDirectories(options.basedir)
-        session: Plain | Stacked
+        session: LibFuse | Plain | Stacked
         if backend is Backend.OVERLAY or options.upperdir is not None:
             layers = stack.enter_context(opened_layers(options))
             session = Stacked(layers, options, has_data=backend is Backend.OVERLAY)
         else:
-            session = Plain(image.path, options)
+            session = (LibFuse if options.session == PYFUSE3 else Plain)(image.path, options)
 
         def serve(ready: Callable[[], None]) -> None:
             daemon.log_to(log, foreground=foreground)

@@ -175,6 +175,7 @@ def _mount(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions
 def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
     """Mount by mount(2). The layers go in as magic links to descriptors, which need no escaping."""
     verity = overlayfs.VERITY[options.verification]
+    attributes = overlayfs.attributes(options.flags, read_only=not options.is_writable)
     with erofs.attached() as directory, closing(os.open(directory, os.O_PATH | os.O_CLOEXEC)) as lower:
         writable = "".join(
             f",{key}=/proc/self/fd/{fd}" for key, fd in overlayfs.by_key(lower, layers) if key[-1] != "+"
@@ -186,7 +187,7 @@ def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: 
             data = f"{parameters},lowerdir={separator.join(lowers)}{writable}"
             data += f",verity={verity}" if verity else ""
             try:
-                syscalls.old_mount(COMPOSEFS_SOURCE, mountpoint, "overlay", overlayfs.attributes(options), data)
+                syscalls.old_mount(COMPOSEFS_SOURCE, mountpoint, "overlay", attributes, data)
             except OSError as error:
                 if error.errno != errno.EINVAL or separator == ":":
                     raise

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 AUTO = "auto"
+NATIVE, PYFUSE3 = SESSIONS = ("native", "pyfuse3")
 BACKENDS = (AUTO, "kernel", "overlay", "fuse")
 
 
@@ -24,7 +25,7 @@ class MountOptions:
     `basedir` are the base directories in search order; `digest` is the expected fs-verity digest of the image in
     lower-case hex; `poll` is in microseconds, None means the default; `flags` go to the kernel as they are (nosuid,
     dev, noexec …). `upperdir` and `workdir` are those of overlayfs; `idmap` is the path of a user namespace;
-    `backend` is one of BACKENDS.
+    `backend` is one of BACKENDS, `session`, which says who speaks FUSE, of SESSIONS.
     """
 
     basedir: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class MountOptions:
     idmap: str | None = None
     read_only: bool = False
     backend: str = AUTO
+    session: str = NATIVE
     flags: tuple[str, ...] = field(default=())
 
     @property
@@ -145,16 +147,13 @@ def _number(name: str, largest: int = 0xFFFFFFFE) -> Callable[[MountOptions, str
     return parse_number
 
 
-def _statfs(options: MountOptions, value: str) -> MountOptions:
-    if value not in ("store", "image"):
-        raise UsageError(f"statfs={value}: must be store or image")
-    return replace(options, statfs=value)
+def _one_of(name: str, *choices: str) -> Callable[[MountOptions, str], MountOptions]:
+    def parse_choice(options: MountOptions, value: str) -> MountOptions:
+        if value not in choices:
+            raise UsageError(f"{name}={value}: must be {', '.join(choices[:-1])} or {choices[-1]}")
+        return replace(options, **{name: value})  # type: ignore[arg-type]  # the names below are of str fields
 
-
-def _backend(options: MountOptions, value: str) -> MountOptions:
-    if value not in BACKENDS:
-        raise UsageError(f"backend={value}: must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
-    return replace(options, backend=value)
+    return parse_choice
 
 
 _SWITCHES: dict[str, Callable[[MountOptions], MountOptions]] = {
@@ -172,9 +171,10 @@ _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "uid": _number("uid"),
     "gid": _number("gid"),
     "poll": _number("poll", 10_000),
-    "statfs": _statfs,
+    "statfs": _one_of("statfs", "store", "image"),
     "log": lambda options, value: replace(options, log=value),
-    "backend": _backend,
+    "backend": _one_of("backend", *BACKENDS),
+    "session": _one_of("session", *SESSIONS),
     "upperdir": lambda options, value: replace(options, upperdir=value),
     "workdir": lambda options, value: replace(options, workdir=value),
     "idmap": lambda options, value: replace(options, idmap=value),

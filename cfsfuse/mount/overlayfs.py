@@ -58,7 +58,7 @@ def above(
             context.set(key, value)
         if verity:
             _set_verity(context, verity)
-        with closing(context.mount(attributes(options))) as mount:
+        with closing(context.mount(attributes(options.flags, read_only=not options.is_writable))) as mount:
             yield mount
 
 
@@ -96,10 +96,10 @@ def _set_verity(context: Context, verity: str) -> None:
         raise
 
 
-def attributes(options: MountOptions) -> int:
-    """Return the flags of the mount: the same bits in the new calls and in mount(2)."""
+def attributes(said: tuple[str, ...], *, read_only: bool) -> int:
+    """Return the flags of a mount: the same bits in the new calls and in mount(2). nosuid, nodev unless `said` else."""
     flags = dict.fromkeys(("nosuid", "nodev"), True)
-    for flag in options.flags:
+    for flag in said:
         flags[flag if flag in _ATTRIBUTES else "no" + flag] = flag in _ATTRIBUTES
-    attributes = sum(_ATTRIBUTES[flag] for flag, is_set in flags.items() if is_set and flag in _ATTRIBUTES)
-    return attributes | (0 if options.is_writable else syscalls.ATTR_RDONLY)
+    bits = sum(_ATTRIBUTES[flag] for flag, is_set in flags.items() if is_set and flag in _ATTRIBUTES)
+    return bits | (syscalls.ATTR_RDONLY if read_only else 0)

@@ -17,10 +17,10 @@ from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.erofs.writer import write
 from cfsfuse.errors import CfsError, HostError, ObjectError
 from cfsfuse.mount import kernel, overlayfs, syscalls
+from cfsfuse.mount.fusemount import check_device
 from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
 from cfsfuse.mount.plan import Fact
-from cfsfuse.mount.sessions import check_device
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.objects import Verification
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin

@@ -23,11 +23,15 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UsageError(f"{mountpoint}: nothing is mounted here")
     if not mounted.is_composefs:
         raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
-    take_away = _umount2 if has_sys_admin() else _fusermount
     if take_away(path, lazy=lazy):
         names = ", ".join(user for user in users(path) if not user.endswith(f"({os.getpid()})"))
         by = f" by {names}" if names else ""
         raise HostError(f"{mountpoint}: in use{by}; end that first, or use --lazy")
+
+
+def take_away(path: str, *, lazy: bool) -> bool:
+    """Unmount whatever is at a path without symlinks; return whether it is in use, and so still there."""
+    return (_umount2 if has_sys_admin() else _fusermount)(path, lazy=lazy)
 
 
 def _umount2(path: str, *, lazy: bool) -> bool:
