@@ -26,8 +26,8 @@ man:  ## write docs/man from the argument parser
 	$(python) -m cfsfuse.cli.man docs/man
 
 bench:  ## measure speed; ARGS="--help" tells what
-	@.ci/setup test
-	$(python) -m integration.speed $(ARGS)
+	@.ci/setup run
+	.venv/bin/cfsfuse bench $(ARGS)
 
 lock_python := build/lock/bin/python
 lock_command := $(lock_python) -m uv pip compile --quiet --upgrade --generate-hashes --universal --python-version 3.11 \

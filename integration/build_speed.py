@@ -22,8 +22,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from cfsfuse.bench import machine
 from integration.oracles import fetch
-from integration.speed import BenchError, describe_host, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +33,14 @@ _MEMORY_LIMIT = 300.0  # MiB
 _MEMORY_INTERVAL = 0.02  # seconds
 _KIB_FIELDS = {"Rss": 0, "Pss": 1}
 _TIMEOUT = 3600.0
+
+
+class BenchError(Exception):
+    """What makes the figures impossible or worthless; one line."""
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Places(NamedTuple):
@@ -302,7 +310,7 @@ def bench(arguments: argparse.Namespace) -> None:
     ours = Builder(_OURS, [program, "mk", *arguments.options.split()], [program, "dump"])
     mkcomposefs = [*tools.command("mkcomposefs"), f"--threads={arguments.threads}"]
     peer = Builder(_PEER, mkcomposefs, [*tools.command("composefs-info"), "dump"])
-    host = describe_host()
+    host = machine.describe()
     say(", ".join(f"{name} {value}" for name, value in host.items()))
     names = [name for name in ROWS if name in arguments.rows.split(",")]
     with prepared(arguments.source, arguments.scratch or tempfile.gettempdir(), peer) as places:

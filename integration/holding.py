@@ -12,21 +12,31 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import pytest
 
+from cfsfuse.contract.differences import differences
+from cfsfuse.contract.entries import require_read_only
 from cfsfuse.errors import printable
-from integration import contract, kernel
+from integration import kernel
 from integration.conftest import Account, deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from cfsfuse.contract.entries import Entry
     from integration.images import TestImage
 
 CHECK_SECONDS = 60
 _SHOWN = 20
 
 
+def become(account: Account) -> None:
+    """Let this process be one of `account`."""
+    os.setgroups([])
+    os.setresgid(account.gid, account.gid, account.gid)
+    os.setresuid(account.uid, account.uid, account.uid)
+
+
 class Pair(NamedTuple):
-    """The mount that is tested and the kernel's, of one image, and the user who looks.
+    """The mount that is tested and the kernel's, of one image, and the user who looks, as `become` makes one.
 
     `entries` are those that root sees in the kernel's; `missing` the files whose objects it does not find either, as a
     log names them. `complaints` gives what the mount has logged since the last call and nobody claims.
@@ -35,9 +45,10 @@ class Pair(NamedTuple):
     mount: str
     oracle: str
     looking: Account
-    entries: list[contract.Entry]
+    entries: list[Entry]
     missing: frozenset[str]
     complaints: Callable[[], list[str]] = list
+    become: Callable[[Account], None] = become
 
 
 @contextlib.contextmanager
@@ -53,7 +64,7 @@ def oracle_mount(image: TestImage, mountpoint: str) -> Iterator[None]:
         yield
 
 
-def missing_objects(oracle: str, entries: list[contract.Entry]) -> frozenset[str]:
+def missing_objects(oracle: str, entries: list[Entry]) -> frozenset[str]:
     """Return the files, as a log names them, whose objects the kernel does not find either."""
     found = []
     for entry in entries:
@@ -99,12 +110,12 @@ def _look(check: str, pair: Pair) -> tuple[list[str], int]:
 
 def _look_in_child(check: str, pair: Pair, writing: int) -> NoReturn:
     try:
-        _become(pair.looking)
+        pair.become(pair.looking)
         mount, oracle = os.fsencode(pair.mount), os.fsencode(pair.oracle)
         for root in (mount, oracle):
-            contract.require_read_only(root)
+            require_read_only(root)
         counts: list[int] = []
-        found = [str(each) for each in contract.differences(check, mount, oracle, _chosen(pair), counts.append)]
+        found = [str(each) for each in differences(check, mount, oracle, _chosen(pair), counts.append)]
         answer = json.dumps([found, sum(counts)])
     except BaseException as error:  # noqa: BLE001  # the parent fails the test with it
         answer = f"{type(error).__name__}: {error}"
@@ -113,13 +124,7 @@ def _look_in_child(check: str, pair: Pair, writing: int) -> NoReturn:
     os._exit(0)
 
 
-def _become(account: Account) -> None:
-    os.setgroups([])
-    os.setresgid(account.gid, account.gid, account.gid)
-    os.setresuid(account.uid, account.uid, account.uid)
-
-
-def _chosen(pair: Pair) -> list[contract.Entry]:
+def _chosen(pair: Pair) -> list[Entry]:
     """Return what to look at: everything, but of thousands of files without objects, each searched for, a few."""
     return [entry for entry in pair.entries if entry.sampled or printable(entry.path) not in pair.missing]
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.builder.scan import Options, scan
-from integration import contract
+from cfsfuse.contract.entries import walk
+from cfsfuse.contract.metadata import check_readlink, check_xattrs
 from integration.mounts import needs_root, require_composefs
 from integration.oracles import builds, compare, disk, generate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cfsfuse.contract.entries import Entry as ContractEntry
     from cfsfuse.tree import Entry
     from integration.oracles.nodes import Node
 
@@ -69,20 +71,20 @@ def is_shown(name: bytes) -> bool:
 
 def assert_same(source: str, mountpoint: str) -> None:
     """Assert that a mount has everything that the source has, and nothing else."""
-    found, expected = (list(contract.walk(os.fsencode(top))) for top in (mountpoint, source))
+    found, expected = (list(walk(os.fsencode(top))) for top in (mountpoint, source))
     assert [entry.path for entry in found] == [entry.path for entry in expected]
     for entry in expected:
         one, other = (everything_of(os.fsencode(top) + entry.path, entry) for top in (mountpoint, source))
         assert one == other, entry.path
 
 
-def everything_of(path: bytes, entry: contract.Entry) -> dict[str, object]:
+def everything_of(path: bytes, entry: ContractEntry) -> dict[str, object]:
     """Return what an image keeps of a file."""
     status = os.lstat(path)
     kept = {name: getattr(status, f"st_{name}") for name in ("mode", "uid", "gid", "rdev", "mtime_ns")}
     if not entry.is_directory:
         kept["size"] = status.st_size
-    kept |= contract.check_xattrs(path, entry) | contract.check_readlink(path, entry)
+    kept |= check_xattrs(path, entry) | check_readlink(path, entry)
     if entry.is_regular:
         with open(path, "rb") as file:
             kept["content"] = file.read()
@@ -92,7 +94,7 @@ def everything_of(path: bytes, entry: contract.Entry) -> dict[str, object]:
 def links_of(top: str) -> set[frozenset[bytes]]:
     """Return the names of each file that has several, below `top`."""
     names: dict[int, set[bytes]] = {}
-    for entry in contract.walk(os.fsencode(top)):
+    for entry in walk(os.fsencode(top)):
         if not entry.is_directory:
             names.setdefault(os.lstat(os.fsencode(top) + entry.path).st_ino, set()).add(entry.path)
     return {frozenset(paths) for paths in names.values() if len(paths) > 1}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from cfsfuse.contract.entries import walk
 from cfsfuse.dump import dump
 from cfsfuse.erofs.image import Image
 from cfsfuse.erofs.reader import Reader
 from cfsfuse.erofs.writer import Versions
-from integration import contract
 from integration.images import SHARED, ImageAbsent, unpack_archive
 from integration.mounts import digest_of, needs_root, require_composefs
 from integration.oracles import builds, compare
@@ -156,7 +156,7 @@ def test_fsck_accepts(row: Row, place: str) -> None:
 @DEFAULT_ROWS
 def test_kernel_mounts(row: Row, place: str) -> None:
     with builds.mounted_by_the_kernel(_written(place, image(row.name, row.versions)), place) as mountpoint:
-        entries = contract.walk(os.fsencode(mountpoint))
+        entries = walk(os.fsencode(mountpoint))
         assert sum(1 for _ in entries) == len(vector(row.name).splitlines())
 
 

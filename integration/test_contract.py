@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from integration import contract
+from cfsfuse.contract.checks import CHECKS
+from cfsfuse.contract.differences import differences
+from cfsfuse.contract.entries import require_read_only, walk
+from cfsfuse.errors import UsageError
 from integration.conftest import ROOT
 from integration.holding import Pair, hold, missing_objects, oracle_mount
 
@@ -26,7 +29,7 @@ _MISSING = re.compile(r"ERROR (?P<path>/.*): object \S.*: not in any base direct
 IMAGES = ("python", "corners", "whiteouts", "random-12", "ostree", "ostree-noverity")
 # Variants for what depends on the objects; the rest would be the same again.
 VARIANTS = ("python-split", "corners-filled", "random-12-filled")
-VARIANT_CHECKS = ("stat", "content", "pread", "direct", "read-ways", "open")
+VARIANT_CHECKS = ("stat", "digest", "content", "pread", "direct", "read-ways", "open")
 # Who mounts, who looks. A mount by an ordinary user is for that user alone.
 VIEWS = (("root", "root"), ("root", "user"), ("user", "user"))
 
@@ -52,7 +55,7 @@ def pair(request: pytest.FixtureRequest, images_at: Callable[[str], TestImage], 
     oracle = os.path.join(workspace, "oracle")
     os.makedirs(oracle, exist_ok=True)
     with oracle_mount(image, oracle), mounter.mounted(image, accounts[subject.mounting]) as mount:
-        entries = list(contract.walk(os.fsencode(oracle)))
+        entries = list(walk(os.fsencode(oracle)))
         missing = missing_objects(oracle, entries)
         mount.log.claims = _claim(missing)
         yield Pair(mount.path, oracle, accounts[subject.looking], entries, missing, mount.log.new_complaints)
@@ -76,7 +79,7 @@ def _subjects(names: Iterable[str], views: Iterable[tuple[str, str]] = VIEWS) ->
     return [Subject(name, *view) for name, view in itertools.product(names, views)]
 
 
-@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("pair", _subjects(IMAGES), indirect=True, scope="module", ids=str)
 def test_is_as_the_kernel_has_it(pair: Pair, check: str) -> None:
     hold(pair, check)
@@ -100,31 +103,31 @@ def kernel_mounts(images_at: Callable[[str], TestImage], workspace: str) -> Iter
 
 
 # What is left of statfs is the same for all of the kernel's mounts.
-@pytest.mark.parametrize("check", sorted(contract.CHECKS.keys() - {"statfs"}))
+@pytest.mark.parametrize("check", sorted(CHECKS.keys() - {"statfs"}))
 def test_check_can_fail(kernel_mounts: tuple[bytes, bytes], check: str) -> None:
     oracle, other = kernel_mounts
-    entries = [entry for entry in contract.walk(oracle) if entry.sampled]
-    assert list(contract.differences(check, oracle, oracle, entries)) == []
-    assert any(contract.differences(check, other, oracle, entries))
+    entries = [entry for entry in walk(oracle) if entry.sampled]
+    assert list(differences(check, oracle, oracle, entries)) == []
+    assert any(differences(check, other, oracle, entries))
 
 
 def test_planted_difference_is_found(
     kernel_mounts: tuple[bytes, bytes], images_at: Callable[[str], TestImage], mounter: Mounter
 ) -> None:
     with mounter.mounted(images_at("corners"), ROOT, ["uid=4242"]) as mount:
-        entries = [entry for entry in contract.walk(kernel_mounts[0]) if entry.sampled]
-        found = list(contract.differences("stat", os.fsencode(mount.path), kernel_mounts[0], entries))
+        entries = [entry for entry in walk(kernel_mounts[0]) if entry.sampled]
+        found = list(differences("stat", os.fsencode(mount.path), kernel_mounts[0], entries))
     assert {(difference.what, difference.found) for difference in found} == {("st_uid", 4242), ("again st_uid", 4242)}
     assert len(found) == 2 * len(entries)
 
 
 def test_writable_mount_is_refused(workspace: str) -> None:
-    with pytest.raises(ValueError, match="not a read-only mount"):
-        contract.require_read_only(os.fsencode(workspace))
+    with pytest.raises(UsageError, match="not a read-only mount"):
+        require_read_only(os.fsencode(workspace))
 
 
 def test_the_contract_looks_at_every_kind_of_entry(kernel_mounts: tuple[bytes, bytes]) -> None:
     """What the suite proves is bounded by what is in its images."""
-    kinds = {stat.S_IFMT(entry.mode) for entry in contract.walk(kernel_mounts[0])}
+    kinds = {stat.S_IFMT(entry.mode) for entry in walk(kernel_mounts[0])}
     kinds_of_linux = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
     assert kinds == kinds_of_linux

@@ -71,6 +71,7 @@ VERBS = {
     "mk": Verb("mk", "build an image from a directory or a dump, to the byte as mkcomposefs does"),
     "mount": Verb("mount", "mount an image, every block verified"),
     "umount": Verb("umount", "unmount it again"),
+    "run": Verb("run", "run a command with an image mounted for it alone, or as its root"),
     "ls": Verb("ls", "list the paths of images"),
     "dump": Verb("dump", "print images as composefs-dump(5)"),
     "objects": Verb("objects", "list the objects that images need"),
@@ -79,7 +80,9 @@ VERBS = {
     "stat": Verb("stat", "show what an image says of a path"),
     "extract": Verb("extract", "copy a tree out of an image, verified, without mounting"),
     "measure": Verb("measure", "print the fs-verity digests of files"),
+    "compare": Verb("compare", "mount an image in every way that works here, and compare what they show"),
     "doctor": Verb("doctor", "show what this host has for mounting images"),
+    "bench": Verb("bench", "measure the speed of each way to mount an image, side by side"),
     "completion": Verb("completion", "print a completion script for a shell"),
 }
 
