@@ -30,6 +30,7 @@ from cfsfuse.verity.ioctl import measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from cfsfuse.mount.layers import Layers
     from cfsfuse.mount.options import MountOptions
@@ -139,14 +140,14 @@ class _Erofs:
             return context.mount(syscalls.ATTR_RDONLY)
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[str]:
-        """Yield the directory, a temporary one, at which EROFS is mounted as long as the block runs."""
+    def attached(self) -> Iterator[int]:
+        """Yield the descriptor of a mount at a temporary directory: it is there as long as the block runs."""
         with contextlib.ExitStack() as stack:
             directory = tempfile.mkdtemp(prefix=".composefs.")
             stack.callback(os.rmdir, directory)
             self._attach(directory)
             stack.callback(syscalls.umount, directory, syscalls.MNT_DETACH)
-            yield directory
+            yield stack.enter_context(closing(os.open(directory, os.O_PATH | os.O_CLOEXEC)))
 
     def _attach(self, directory: str) -> None:
         try:
@@ -160,15 +161,20 @@ class _Erofs:
 
 
 def _mount(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
-    with contextlib.ExitStack() as stack:
-        try:
-            lower = stack.enter_context(erofs.detached())
-        except OSError as error:
-            if error.errno == errno.ENOSYS:
-                raise TooOldError from None
+    try:
+        _mount_above(erofs.detached(), layers, mountpoint, options)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise TooOldError from None
+        if error.errno != errno.EINVAL:
             raise
-        verity = overlayfs.VERITY[options.verification]
-        mount = stack.enter_context(overlayfs.above(lower, layers, _PARAMETERS, options, verity))
+        # Overlayfs takes no layer that is attached nowhere before 6.15.
+        _mount_above(erofs.attached(), layers, mountpoint, options)
+
+
+def _mount_above(metadata: AbstractContextManager[int], layers: Layers, mountpoint: str, options: MountOptions) -> None:
+    verity = overlayfs.VERITY[options.verification]
+    with metadata as lower, overlayfs.above(lower, layers, _PARAMETERS, options, verity) as mount:
         syscalls.move_mount(mount, mountpoint)
 
 
@@ -176,7 +182,7 @@ def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: 
     """Mount by mount(2). The layers go in as magic links to descriptors, which need no escaping."""
     verity = overlayfs.VERITY[options.verification]
     attributes = overlayfs.attributes(options.flags, read_only=not options.is_writable)
-    with erofs.attached() as directory, closing(os.open(directory, os.O_PATH | os.O_CLOEXEC)) as lower:
+    with erofs.attached() as lower:
         writable = "".join(
             f",{key}=/proc/self/fd/{fd}" for key, fd in overlayfs.by_key(lower, layers) if key[-1] != "+"
         )

@@ -130,7 +130,7 @@ def _overlay_verity() -> str | None:
 
 def _user_overlay() -> str | None:
     """Let overlayfs show a directory, keeping its own xattrs where no privilege is needed for them."""
-    return _try_user_overlay(lambda _: None, "that needs Linux 5.11")
+    return _try_user_overlay(lambda _: None, "that needs Linux 6.15")
 
 
 def _user_overlay_data() -> str | None:
