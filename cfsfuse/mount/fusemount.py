@@ -91,6 +91,7 @@ def detached(device: int) -> int:
         with Context("fuse") as context:
             for key, value in parameters.items():
                 context.set(key, value)
+            context.set("ro")  # else the kernel asks for a new access time after each listing and each link
             return context.mount(syscalls.ATTR_RDONLY | syscalls.ATTR_NOSUID | syscalls.ATTR_NODEV)
     except OSError as error:
         raise HostError(f"{DEVICE}: the kernel makes no FUSE mount: {error.strerror}") from None
