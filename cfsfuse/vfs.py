@@ -39,6 +39,7 @@ _DISK_THREADS = 16
 _TREE_THREADS = 2
 _NODE_BUDGET = 4 << 20  # bytes
 _NODE_OVERHEAD = 1000  # bytes that a node costs besides its content and xattrs
+_KEPT_NAMES = 32768  # about 100 bytes each
 _XATTRS_BUDGET = 2 << 20  # bytes
 _XATTRS_OVERHEAD = 600  # bytes that an inode's xattrs cost besides their values
 _REPORTS = 4096
@@ -80,6 +81,7 @@ class Vfs:
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
         self._trees = trio.CapacityLimiter(_TREE_THREADS)
         self._pace = Pace(may_be_fast=store.is_local)
+        self._names: Lru[int, dict[bytes, Nid]] = Lru(_KEPT_NAMES)
         self._xattrs: Lru[int, dict[bytes, bytes]] = Lru(_XATTRS_BUDGET)
         self._nodes: Lru[Nid, Node] = Lru(_NODE_BUDGET)
         self._reported: Lru[tuple[Nid, str], bool] = Lru(_REPORTS)
@@ -91,8 +93,20 @@ class Vfs:
         return self.reader.inode(Nid(nid))
 
     def lookup(self, parent: int, name: bytes) -> Inode | None:
-        """Return what `name` is in the directory `parent`, None when it is absent."""
-        return self.reader.lookup(self.reader.inode(Nid(parent)), name)
+        """Return what `name` is in the directory `parent`, None when it is absent.
+
+        Small directories are read once and kept: most look-ups are of names that are not there, and many.
+        """
+        names = self._names.get(parent)
+        if names is None:
+            directory = self.inode(parent)
+            if self.reader.block_count(directory) > 1:
+                return self.reader.lookup(directory, name)
+            names = {known: nid for known, nid, _ in self.reader.block(directory, 0)}
+            self._names.put(parent, names, len(names) + 1)
+        nid = names.get(name)
+        inode = None if nid is None else self.reader.inode(nid)
+        return None if inode is None or inode.is_whiteout else inode
 
     def listing(self, directory: int, block: int) -> Listing:
         """Return what directory block `block` shows; nothing behind the last block.

@@ -141,7 +141,7 @@ class Server:
             raise
 
     def _serve(self, data: bytes) -> None:
-        _, opcode, unique, nid, _, _, pid, _, _ = protocol.IN_HEADER.unpack_from(data)
+        _, opcode, unique, nid, _, _, pid, _, _ = _unpack_header(data)
         handler = self._handlers.get(opcode, _refuse)
         if nid == protocol.ROOT_ID:
             nid = self._root
@@ -163,10 +163,9 @@ class Server:
     def _reply(self, unique: int, answer: Bytes | int) -> None:
         try:
             if isinstance(answer, int):
-                os.write(self._fd, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, -answer, unique))
+                os.write(self._fd, _pack_header(_HEADER, -answer, unique))
             else:
-                size = protocol.OUT_HEADER.size + len(answer)
-                os.writev(self._fd, (protocol.OUT_HEADER.pack(size, 0, unique), answer))
+                os.writev(self._fd, (_pack_header(_HEADER + len(answer), 0, unique), answer))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # whoever asked has gone, or the mount
                 raise
@@ -331,6 +330,9 @@ _NO_ENTRY = bytes(protocol.ENTRY_OUT.size)
 _OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE, 0)
 _DIRECTORY_OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR, 0)
 _BODY = protocol.IN_HEADER.size
+_HEADER = protocol.OUT_HEADER.size
+_unpack_header = protocol.IN_HEADER.unpack_from
+_pack_header = protocol.OUT_HEADER.pack
 _BLOCK_SIZE = 4096
 _TYPE_SHIFT = 12  # the type in st_mode is above the permissions, in a dirent alone
 
