@@ -79,6 +79,7 @@ _ATTR = (
 ATTR_OUT = Struct(f"=QII{_ATTR}")  # attr_valid, attr_valid_nsec, dummy, attr
 ENTRY_OUT = Struct(f"=QQQQII{_ATTR}")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds, attr
 DIRENT = Struct("=QQII")  # ino, off, namelen, type
+DIRENTPLUS = Struct(ENTRY_OUT.format + DIRENT.format[1:])
 KSTATFS = Struct("=QQQQQIII28x")  # blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
 
 _SIZES = {
@@ -92,6 +93,7 @@ _SIZES = {
     ATTR_OUT: 104,
     ENTRY_OUT: 128,
     DIRENT: 24,
+    DIRENTPLUS: 152,
     KSTATFS: 80,
 }
 if wrong := [layout.format for layout, size in _SIZES.items() if layout.size != size]:

@@ -296,15 +296,15 @@ class Server:
 
     def _record(self, name: bytes, inode: Inode, cookie: int) -> bytes:
         # Of the directory itself and its parent, zeros say that only the number and the type are told.
-        entry = _NO_ENTRY if name in DOTS else protocol.ENTRY_OUT.pack(*self._entry(inode))
-        dirent = protocol.DIRENT.pack(inode.nid, cookie, len(name), inode.mode >> _TYPE_SHIFT)
-        return b"".join((entry, dirent, name, bytes(-len(name) & 7)))
+        entry = _NO_ENTRY if name in DOTS else self._entry(inode)
+        length = len(name)
+        dirent = (inode.nid, cookie, length, inode.mode >> _TYPE_SHIFT)
+        return _pack_direntplus(*entry, *dirent) + name + _PADDING[-length & 7]
 
     def _entry(self, inode: Inode) -> tuple[int, ...]:
-        nid = inode.nid
-        if nid <= protocol.ROOT_ID:
-            raise ImageError("dirent nid", f"{nid} stands for the root, or for nothing, in FUSE")
-        return (nid, 0, FOREVER, FOREVER, 0, 0, *self._attributes(inode))
+        if inode.nid <= protocol.ROOT_ID:
+            raise ImageError("dirent nid", f"{inode.nid} stands for the root, or for nothing, in FUSE")
+        return (inode.nid, 0, FOREVER, FOREVER, 0, 0, *self._attributes(inode))
 
     def _attributes(self, inode: Inode) -> tuple[int, ...]:
         nid, mode, nlink, uid, gid, size, mtime_ns, _, i_u, _, _ = inode
@@ -326,13 +326,15 @@ class Server:
 
 
 _ABSENT = protocol.ENTRY_OUT.pack(0, 0, FOREVER, *[0] * 19)
-_NO_ENTRY = bytes(protocol.ENTRY_OUT.size)
+_NO_ENTRY = (0,) * 22
+_PADDING = [bytes(size) for size in range(8)]
 _OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE, 0)
 _DIRECTORY_OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR, 0)
 _BODY = protocol.IN_HEADER.size
 _HEADER = protocol.OUT_HEADER.size
 _unpack_header = protocol.IN_HEADER.unpack_from
 _pack_header = protocol.OUT_HEADER.pack
+_pack_direntplus = protocol.DIRENTPLUS.pack
 _BLOCK_SIZE = 4096
 _TYPE_SHIFT = 12  # the type in st_mode is above the permissions, in a dirent alone
 
@@ -362,12 +364,14 @@ async def serve(server: Server, *, poll: float, life: Life) -> None:
     Raises the CfsError with which `life` fails to begin.
     """
     failure: CfsError | None = None
+    begun = trio.Event()
     with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
             stop = nursery.cancel_scope.cancel
 
             async def run() -> None:
                 await server.run(poll)
+                await begun.wait()  # a mount that fails takes the device's with it, and says why a little later
                 stop()
 
             nursery.start_soon(stop_on_signal, signals, stop)
@@ -378,5 +382,6 @@ async def serve(server: Server, *, poll: float, life: Life) -> None:
             except CfsError as error:
                 failure = error
                 stop()
+            begun.set()
     if failure is not None:
         raise failure
