@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import signal
 import sys
@@ -107,11 +106,15 @@ def log_to(path: str | None, *, foreground: bool) -> None:
     Where no system log listens, a file in the user's log directory takes it.
     """
     handler: logging.Handler
+    style = "%(asctime)s %(levelname)s %(message)s"
     if path is None and foreground:
         handler = logging.StreamHandler()
     elif path is None and os.path.exists(_SYSLOG):
-        handler = logging.handlers.SysLogHandler(_SYSLOG)
+        from logging.handlers import SysLogHandler  # a kernel mount needs none of this
+
+        handler = SysLogHandler(_SYSLOG)
         handler.ident = f"cfsfuse[{os.getpid()}]: "
+        style = "%(message)s"
     else:
         try:
             if path is None:
@@ -120,9 +123,4 @@ def log_to(path: str | None, *, foreground: bool) -> None:
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise HostError(f"{path}: cannot write the log: {error.strerror}; name another file with -o log=") from None
-    style = (
-        "%(message)s"
-        if isinstance(handler, logging.handlers.SysLogHandler)
-        else "%(asctime)s %(levelname)s %(message)s"
-    )
     logging.basicConfig(level=logging.INFO, handlers=[handler], format=style)
