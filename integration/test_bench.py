@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DONE, USAGE, BAD, IMPOSSIBLE = 0, 2, 3, 4
 TIMEOUT = 100  # seconds for a run that takes ten on an idle machine
 KEYS = [row.key for _, row in rows(list(WORKLOADS))]
-REFUSED = "kernel backend: needs CAP_SYS_ADMIN: run as root, or inside unshare -Urm"
+REFUSED = "kernel backend: needs CAP_SYS_ADMIN: run as root, or in a user namespace, as cfsfuse run does"
 
 # Mounts as it is told, and then takes the server's breath away: everything hangs that asks it anything.
 STOPPED = """

@@ -32,6 +32,7 @@ mount options (-o, separated by commas; \\, and \\: stand for a comma and a colo
   idmap=FILE          a kernel mount with owners mapped as in this user namespace (/proc/PID/ns/user)
   log=FILE            write the log there; without it the system's log has it, or where there is none
                       ~/.local/state/cfsfuse/log/cfsfuse.log
+  session=NAME        who speaks FUSE: native (default), or libfuse through pyfuse3
   poll=US             after a request wait that long for the next without sleeping (100 µs; 0: never)
   nosuid, suid, nodev, dev, noexec, exec are the kernel's (nosuid,nodev unless root says otherwise); ro, rw and those of
   fstab are accepted

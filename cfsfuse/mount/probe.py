@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _SAMPLE = 8  # objects that are asked for their fs-verity: a store is filled by tools, and all of it alike
 _CONTENT = b"the kernel shows this file"
 _ALL_WELL = b"\0"
+_IN_NAMESPACE = "in a user namespace, as cfsfuse run does"
 
 
 class Host:
@@ -106,7 +107,7 @@ _REMEDIES = {
 
 def _mount() -> str | None:
     if not has_sys_admin():
-        return "needs CAP_SYS_ADMIN: run as root, or inside unshare -Urm"
+        return f"needs CAP_SYS_ADMIN: run as root, or {_IN_NAMESPACE}"
     try:
         with Context("tmpfs") as context:
             os.close(context.mount(syscalls.ATTR_RDONLY))
@@ -256,7 +257,7 @@ def _fuse_mount() -> str | None:
     if shutil.which("fusermount3") is None:
         return "fusermount3: not found; install the package fuse3"
     if has_no_new_privileges():
-        return "fusermount3 has no privileges here (no_new_privs): mount outside, or inside a user namespace"
+        return f"fusermount3 has no privileges here (no_new_privs): mount outside, or {_IN_NAMESPACE}"
     return None
 
 
