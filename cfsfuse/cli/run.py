@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from cfsfuse.cli.mount import add_backend, add_options, options_of
-from cfsfuse.errors import UsageError
+from cfsfuse.errors import UsageError, printable
+from cfsfuse.mount import running
 from cfsfuse.mount.options import split
 from cfsfuse.mount.running import Bind, Layout
-from cfsfuse.mount.running import run as run_command
-
-if TYPE_CHECKING:
-    import argparse
 
 _EXIT_STATUS = """\
 exit status: that of COMMAND, 128 and the number of the signal that ended it; 127 when it is not found, 126 when it
 cannot be executed; those of cfsfuse mount when the image cannot be mounted
+
+What COMMAND leaves running is killed when it ends, for the tree goes.
 
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the composefs image")
-    parser.add_argument("command", metavar="COMMAND", nargs="+", help="what to run, after --, with its arguments")
+    # PARSER alone leaves the options of COMMAND to it, and a -- among its arguments: "+" drops one or two of them.
+    parser.add_argument(
+        "command", metavar="COMMAND", nargs=argparse.PARSER, help="what to run, after --, with its arguments"
+    )
     add_options(parser)
     add_backend(parser)
     place = parser.add_mutually_exclusive_group(required=True)
@@ -37,43 +39,61 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bind",
         metavar="SRC[:DST]",
         action="append",
+        dest="binds",
+        type=lambda text: ("--bind", text),
         default=[],
         help=r"with --root: show this file or directory of the host at DST; \: stands for a colon; may be repeated",
     )
     parser.add_argument(
-        "--bind-ro", metavar="SRC[:DST]", action="append", default=[], help="the same, but it takes no changes"
+        "--bind-ro",
+        metavar="SRC[:DST]",
+        action="append",
+        dest="binds",
+        type=lambda text: ("--bind-ro", text),
+        default=[],
+        help="the same, but it takes no changes",
     )
     parser.add_argument(
         "--tmpfs",
         metavar="DIR",
         action="append",
         default=[],
-        help="with --root: an empty directory in memory; may be repeated",
+        help="with --root: an empty directory in memory, made before any --bind; may be repeated",
     )
     parser.add_argument("--chdir", metavar="DIR", help="start COMMAND there (default with --root: /)")
     parser.epilog = _EXIT_STATUS + (parser.epilog or "")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not arguments.root and (arguments.bind or arguments.bind_ro or arguments.tmpfs):
+    command = arguments.command[arguments.command[0] == "--" :]
+    if not (command and command[0]):
+        raise UsageError("COMMAND is empty: name a program")
+    layout = _layout(arguments)
+    options = options_of(arguments)
+    status = running.apart()
+    if status is not None:
+        return status
+    return running.run(arguments.image, options, layout, command, _warn)
+
+
+def _layout(arguments: argparse.Namespace) -> Layout:
+    if not arguments.root and (arguments.binds or arguments.tmpfs):
         raise UsageError("--bind, --bind-ro and --tmpfs are for a tree that is the root: give --root instead of --at")
-    layout = Layout(
+    return Layout(
         at=None if arguments.root else os.path.abspath(arguments.at),
         writable=arguments.writable,
-        binds=tuple(_bind(text, read_only=False) for text in arguments.bind)
-        + tuple(_bind(text, read_only=True) for text in arguments.bind_ro),
+        binds=tuple(_bind(option, text) for option, text in arguments.binds),
         tmpfs=tuple(_absolute(path, "--tmpfs") for path in arguments.tmpfs),
         directory=arguments.chdir,
     )
-    return run_command(arguments.image, options_of(arguments), layout, arguments.command, _warn)
 
 
-def _bind(text: str, *, read_only: bool) -> Bind:
+def _bind(option: str, text: str) -> Bind:
     source, *target = split(text, ":")
-    if len(target) > 1:
-        raise UsageError(f"--bind {text}: must be SRC or SRC:DST")
+    if not source or len(target) > 1:
+        raise UsageError(f"{option} {text}: must be SRC or SRC:DST")
     source = os.path.abspath(source)
-    return Bind(source, _absolute(target[0], "--bind") if target else source, read_only)
+    return Bind(source, _absolute(target[0], option) if target else source, option == "--bind-ro")
 
 
 def _absolute(path: str, option: str) -> str:
@@ -83,4 +103,4 @@ def _absolute(path: str, option: str) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"cfsfuse run: {text}", file=sys.stderr)
+    print(f"cfsfuse run: {printable(os.fsencode(text))}", file=sys.stderr)
