@@ -23,6 +23,7 @@ from integration.mounts import (
     both_users,
     digest_of,
     mount_in_private_namespace,
+    needs_root,
     noise,
     require,
     stage,
@@ -237,11 +238,30 @@ def test_unknown_options_and_values(option: str) -> None:
         assert_refused(made, USAGE, OPTIONS[option], *made.words(*option.split(",")))
 
 
-@pytest.mark.parametrize("option", ["upperdir=/x,workdir=/x", "idmap=/proc/self/ns/user"])
-def test_options_that_need_a_kernel_mount(option: str) -> None:
+def test_an_option_that_needs_a_kernel_mount() -> None:
     with image() as made:
-        name = option.partition("=")[0]
-        assert_refused(made, IMPOSSIBLE, f"fuse backend: {name}= is not for it", *made.words(*option.split(",")))
+        assert_refused(made, IMPOSSIBLE, "fuse backend: idmap= is not for it", *made.words("idmap=/proc/self/ns/user"))
+
+
+def test_taking_changes_through_fuse_needs_privileges() -> None:
+    with image(ORDINARY) as made:
+        expected = "fuse backend: needs CAP_SYS_ADMIN: .*"
+        assert_refused(made, IMPOSSIBLE, expected, *made.words("upperdir=/x", "workdir=/x"))
+
+
+@needs_root
+def test_layers_of_changes_through_fuse() -> None:
+    with image() as made:
+        upper, inside = made.directory("upper"), made.directory("upper/inside")
+        for layers, expected in (
+            (["upperdir=/none", "workdir=/none"], "/none: upperdir: No such file or directory"),
+            (["upperdir=" + upper, "workdir=/none"], "/none: workdir: No such file or directory"),
+            (["upperdir=" + upper, "workdir=" + inside], f"workdir={inside}: must stand beside upperdir={upper}, .*"),
+            ([f"upperdir={made.store}", f"workdir={upper}"], f"upperdir: inside the object store {made.store}, .*"),
+            ([f"upperdir={upper}"], "option workdir= is missing: .*"),
+        ):
+            assert_refused(made, USAGE, expected, *made.words(*layers))
+        assert (os.listdir(upper), os.listdir(inside)) == (["inside"], [])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cfsfuse.contract import justified
+from cfsfuse.contract.checks import CHECKS
+from cfsfuse.contract.entries import walk
 from cfsfuse.errors import CfsError, UsageError
 from cfsfuse.fstype import file_system_type
 from cfsfuse.mount import kernel, syscalls
@@ -26,7 +29,6 @@ from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.mount.options import MountOptions
 from cfsfuse.mount.unmount import unmount
 from cfsfuse.objects import Verification
-from integration import contract
 from integration.conftest import ROOT
 from integration.holding import Pair, hold, missing_objects, oracle_mount
 from integration.mounts import (
@@ -141,18 +143,18 @@ def pair(request: pytest.FixtureRequest, images_at: Callable[[str], TestImage], 
     with oracle_mount(source, oracle):
         kernel.mount(source.path, ours, options)
         try:
-            entries = list(contract.walk(os.fsencode(oracle)))
+            entries = list(walk(os.fsencode(oracle)))
             yield Pair(ours, oracle, account, entries, missing_objects(oracle, entries))
         finally:
             unmount(ours)
 
 
-@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("pair", SUBJECTS, indirect=True, scope="module", ids="-".join)
 def test_is_as_the_oracle_has_it(pair: Pair, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the differences that FUSE is allowed, only those are left that two mounts of the kernel's always have."""
-    unavoidable = [known for known in contract.JUSTIFIED if known.what in ("*st_dev", "*st_blocks")]
-    monkeypatch.setattr(contract, "JUSTIFIED", unavoidable)
+    unavoidable = [known for known in justified.JUSTIFIED if known.what in ("*st_dev", "*st_blocks")]
+    monkeypatch.setattr(justified, "JUSTIFIED", unavoidable)
     hold(pair, check)
 
 
@@ -383,7 +385,7 @@ def test_base_directories_and_mountpoints_that_are_none(made: Stage) -> None:
         refused(made, USAGE, f"{path}: base directory: {reason}.*", *KERNEL, f"basedir={made.store}:{path}")
     refused(made, USAGE, f"{none}: mountpoint: No such .*; create the directory first", *KERNEL, mountpoint=none)
     refused(made, USAGE, f"{made.image}: mountpoint is not a directory", *KERNEL, mountpoint=made.image)
-    refused(made, USAGE, "backend=fast: must be auto, kernel or fuse", "backend=fast")
+    refused(made, USAGE, "backend=fast: must be auto, kernel, overlay or fuse", "backend=fast")
 
 
 @pytest.mark.parametrize("verification", ["tryverity", "verity"])
@@ -708,14 +710,26 @@ def attempt(call: Callable[[], None]) -> str | Exception | None:
 
 
 def explained(made: Stage, *options: str) -> list[str]:
-    """Mount with --explain and return what is said."""
+    """Mount with --explain and return what is said of the kernel, overlay and FUSE backends."""
     done = made.run(CFSFUSE, "mount", "--explain", *made.words("backend=auto", *options))
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
+    return split_explanation(done.stdout)
+
+
+def split_explanation(text: str) -> list[str]:
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines] == ["kernel", "overlay", "fuse"]
+    return lines
+
+
+NO_VERITY = "(object .* has no fs-verity: .*|overlayfs .*)"  # of a kernel before 6.6, or of objects
+OVERLAY_POSSIBLE = "  overlay  (possible|refused: overlayfs.*; that needs Linux 6.16)"
 
 
 def test_auto_of_root_without_verification_is_the_kernel(made: Stage) -> None:
-    assert explained(made, "noverity") == ["  kernel   chosen", "  fuse     possible"]
+    first, second, third = explained(made, "noverity")
+    assert (first, third) == ("  kernel   chosen", "  fuse     possible")
+    assert re.fullmatch(OVERLAY_POSSIBLE, second)
     there = mount_at(made.mountpoint)
     assert there is not None
     assert there.fstype == "overlay"
@@ -724,9 +738,10 @@ def test_auto_of_root_without_verification_is_the_kernel(made: Stage) -> None:
 
 
 def test_auto_of_root_with_verification_is_fuse_where_objects_have_no_verity(made: Stage) -> None:
-    first, second = explained(made)
-    assert re.fullmatch("  kernel   refused: (object .* has no fs-verity: .*|overlayfs .*)", first)
-    assert second == "  fuse     chosen"
+    first, second, third = explained(made)
+    assert re.fullmatch(f"  kernel   refused: {NO_VERITY}", first)
+    assert re.fullmatch(f"  overlay  refused: {NO_VERITY}", second)
+    assert third == "  fuse     chosen"
     there = mount_at(made.mountpoint)
     assert there is not None
     assert there.fstype == "fuse.cfsfuse"
@@ -735,26 +750,30 @@ def test_auto_of_root_with_verification_is_fuse_where_objects_have_no_verity(mad
 
 def test_auto_of_an_ordinary_user_is_fuse() -> None:
     with image(ORDINARY) as made:
-        first, second = explained(made, "noverity")
+        first, second, third = explained(made, "noverity")
         assert first.startswith("  kernel   refused: needs CAP_SYS_ADMIN: ")
-        assert second == "  fuse     chosen"
+        assert second.startswith("  overlay  refused: needs CAP_SYS_ADMIN: ")
+        assert third == "  fuse     chosen"
         made.unmount()
 
 
 def test_a_refusal_is_explained_too(made: Stage) -> None:
     done = made.run(CFSFUSE, "mount", "--explain", *made.words("backend=kernel"))
     assert (done.returncode, done.stderr.count("\n")) == (IMPOSSIBLE, 1)
-    first, second = done.stdout.splitlines()
+    first, second, third = split_explanation(done.stdout)
     assert first.startswith("  kernel   refused: ")
-    assert second == "  fuse     possible"
+    assert re.fullmatch(f"  overlay  refused: {NO_VERITY}", second)
+    assert third == "  fuse     possible"
     assert made.is_clean()
 
 
 def test_a_server_in_the_foreground_is_explained_before_it_serves(made: Stage) -> None:
-    words = [CFSFUSE, "mount", "-f", "--explain", *made.words("backend=auto", "noverity")]
+    words = [CFSFUSE, "mount", "-f", "--explain", *made.words("backend=auto")]
     with running(made.start(*words)) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "  kernel   refused: --foreground is for a server, which it has not\n"
+        refusal = "  kernel   refused: --foreground is for a server, which it has not; "
+        assert process.stdout.readline().startswith(refusal)
+        assert process.stdout.readline().startswith("  overlay  refused: ")
         assert process.stdout.readline() == "  fuse     chosen\n"
         wait_mounted(process, made.mountpoint)
         assert read(made) == CONTENT
@@ -789,7 +808,7 @@ def doctor(made: Stage, *wrapper: str, options: tuple[str, ...] = ()) -> dict[st
 
 
 MOUNT, VIEW, OBJECTS = "mounts without a helper", "kernel mounts of composefs images", "objects with fs-verity"
-FUSE, FUSE_MOUNTS = "/dev/fuse", "FUSE mounts"
+FUSE, FUSE_MOUNTS, USER_OVERLAY = "/dev/fuse", "FUSE mounts", "overlayfs with user.* xattrs"
 
 
 def test_doctor_of_root(made: Stage) -> None:
@@ -806,14 +825,16 @@ def test_doctor_in_json(made: Stage) -> None:
     document = json.loads(done.stdout)
     assert list(document) == ["kernel", "facts", "backends"]
     assert document["kernel"] == os.uname().release
-    facts = {"mount", "kernel_view", "overlay_verity", "objects_verity", "fuse", "fuse_mount"}
-    assert set(document["facts"]) == facts
+    facts = ["mount", "kernel_view", "user_overlay", "user_overlay_data", "overlay_verity", "objects_verity"]
+    assert list(document["facts"]) == [*facts, "fuse", "fuse_mount"]
     assert document["facts"]["kernel_view"] is None
     assert document["facts"]["objects_verity"].startswith("object ")
     assert list(document["backends"]) == ["tryverity", "verity", "noverity"]
-    assert document["backends"]["noverity"] == {"kernel": [], "fuse": []}
+    data = document["facts"]["user_overlay_data"]
+    assert document["backends"]["noverity"] == {"kernel": [], "overlay": [] if data is None else [data], "fuse": []}
     for verifying in ("tryverity", "verity"):
-        assert document["facts"]["objects_verity"] in document["backends"][verifying]["kernel"]
+        for stacked in ("kernel", "overlay"):
+            assert document["facts"]["objects_verity"] in document["backends"][verifying][stacked]
         assert document["backends"][verifying]["fuse"] == []
 
 
@@ -832,7 +853,7 @@ def test_doctor_with_bad_input(made: Stage) -> None:
 def test_doctor_in_a_user_namespace(user: User) -> None:
     with image(user) as made:
         facts = doctor(made, "unshare", "--user", "--map-root-user", "--mount")
-        assert facts[MOUNT] == facts[FUSE] == facts[FUSE_MOUNTS] == "yes"
+        assert facts[MOUNT] == facts[FUSE] == facts[FUSE_MOUNTS] == facts[USER_OVERLAY] == "yes"
         assert facts[VIEW] == "no: only root outside of user namespaces may mount EROFS"
 
 
@@ -841,6 +862,7 @@ def test_doctor_of_an_ordinary_user() -> None:
         facts = doctor(made)
         assert facts[MOUNT].startswith("no: needs CAP_SYS_ADMIN: ")
         assert facts[VIEW].startswith("no: ")
+        assert facts[USER_OVERLAY].startswith("no: ")
         assert facts[FUSE] == facts[FUSE_MOUNTS] == "yes"
 
 
@@ -863,4 +885,6 @@ def test_a_sandbox(user: User, device: bool) -> None:  # noqa: FBT001 - a parame
         done = made.run(*sandbox, CFSFUSE, "mount", *made.words("backend=auto", "noverity"))
         assert (done.returncode, done.stdout) == (IMPOSSIBLE, "")
         second = "fusermount3 has no privileges here .*" if device else re.escape(missing)
-        assert re.fullmatch(f"cfsfuse: kernel backend: needs CAP_SYS_ADMIN: .*; fuse backend: {second}\n", done.stderr)
+        middle = "needs CAP_SYS_ADMIN: .*" if device else second
+        reasons = f"kernel backend: needs CAP_SYS_ADMIN: .*; overlay backend: {middle}; fuse backend: {second}"
+        assert re.fullmatch(f"cfsfuse: {reasons}\n", done.stderr)

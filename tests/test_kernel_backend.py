@@ -10,8 +10,10 @@ import pytest
 
 from cfsfuse.errors import CfsError, HostError, ImageDigestMismatch, ImageError, UsageError
 from cfsfuse.mount import kernel, syscalls
-from cfsfuse.mount.kernel import _attributes, _set_layer, _set_verity, _TooOldError, mount
+from cfsfuse.mount.kernel import mount
 from cfsfuse.mount.options import MountOptions, parse
+from cfsfuse.mount.overlayfs import TooOldError, _set_layer, _set_verity
+from cfsfuse.mount.overlayfs import attributes as attributes_of
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.ioctl import Measured
 from cfsfuse.verity.merkle import content_digest
@@ -44,7 +46,8 @@ LAYERS = "upperdir=/u,workdir=/w"
 )
 def test_flags_of_the_mount(options: str, attributes: int) -> None:
     """The last word counts, and without one a mount is nosuid and nodev."""
-    assert _attributes(parse(options)) == attributes
+    parsed = parse(options)
+    assert attributes_of(parsed.flags, read_only=not parsed.is_writable) == attributes
 
 
 class Overlay:
@@ -78,7 +81,7 @@ def test_a_layer_goes_in_as_a_descriptor_or_as_the_link_to_it(number: int) -> No
 def test_a_kernel_that_does_not_know_layers_one_by_one(key: str) -> None:
     """Only of `lowerdir+` does EINVAL say that; of the others it is about the directory."""
     refusing = overlay({(key, int): errno.EINVAL, (key, str): errno.EINVAL})
-    with pytest.raises(_TooOldError if key == "lowerdir+" else OSError):
+    with pytest.raises(TooOldError if key == "lowerdir+" else OSError):
         _set_layer(refusing, key, 7)
 
 

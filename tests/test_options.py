@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cfsfuse.errors import UsageError
-from cfsfuse.mount.options import BACKENDS, MountOptions, parse, split
+from cfsfuse.mount.options import AUTO, BACKENDS, SESSIONS, MountOptions, parse, split
+from cfsfuse.mount.plan import Backend
 from cfsfuse.objects import Verification
 
 DIGEST = "0123456789abcdef" * 4
@@ -42,6 +43,7 @@ def test_nothing_said_is_the_default() -> None:
         ("log=/var/log/x", "log", "/var/log/x"),
         ("nosuid,dev", "flags", ("nosuid", "dev")),
         *((f"backend={name}", "backend", name) for name in BACKENDS),
+        *((f"session={name}", "session", name) for name in SESSIONS),
     ],
 )
 def test_options(text: str, field: str, value: object) -> None:
@@ -61,8 +63,12 @@ def test_last_backend_counts() -> None:
 
 @pytest.mark.parametrize("value", ["fusefs", "Kernel", "overlayfs", "kernel:fuse", " "])
 def test_a_backend_that_does_not_exist_is_told_with_those_that_do(value: str) -> None:
-    with pytest.raises(UsageError, match=f"^backend={value}: must be auto, kernel or fuse$"):
+    with pytest.raises(UsageError, match=f"^backend={value}: must be auto, kernel, overlay or fuse$"):
         parse(f"backend={value}")
+
+
+def test_the_ladder_is_what_can_be_named() -> None:
+    assert (AUTO, *(backend.value for backend in Backend)) == BACKENDS
 
 
 @pytest.mark.parametrize("text", ["noverity,verity", "verity,ro,noverity", "noverity,tryverity", "verity,tryverity"])
@@ -81,6 +87,7 @@ def test_the_same_word_twice_is_no_contradiction() -> None:
         "unknown", "unknown=1", "digest", "digest=", "digest=12", "digest=" + "g" * 64, "basedir", "basedir=", "uid=x",
         "uid=-1", "uid=4294967295", "uid=1.0", "uid=٣", "gid=", "statfs=other", "poll=fast", "verity=1", "nosuid=1",
         "Basedir=/a", " ro", "log=", "backend", "backend=", "backend=fast", "upperdir=", "workdir", "idmap=",
+        "session", "session=", "session=libfuse",
     ],
 )  # fmt: skip
 def test_mistakes_name_the_option(text: str) -> None:

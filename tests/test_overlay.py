@@ -5,8 +5,11 @@ from __future__ import annotations
 import stat
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cfsfuse.erofs.overlay import Digest, metacopy_digest, unescaped
+from cfsfuse.erofs.overlay import LAYER, METADATA_LAYER, MOUNTED, Digest, View, metacopy_digest, unescaped
+from cfsfuse.erofs.xattr import Xattr
 from cfsfuse.errors import ImageError, PathNotFound
 from cfsfuse.tree import Device, External, Inline
 from tests import imagemaker as im
@@ -66,6 +69,80 @@ def test_redirect_that_is_not_absolute_gives_no_path() -> None:
 )
 def test_escaping(stored: bytes, shown: bytes | None) -> None:
     assert unescaped(stored) == shown
+
+
+PIECES = (b"user.", b"trusted.", b"security.", b"overlay.", b"overlay", b"redirect", b"metacopy", b"opaque", b"a", b".")
+NAMES = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(b"".join) | st.binary(min_size=1, max_size=40)
+OWN, ESCAPED = b"user.overlay.", b"user.overlay.overlay."
+
+
+def through_overlayfs(layer: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """Return the xattrs that overlayfs with `userxattr` shows of those in its layer."""
+    return {
+        OWN + name[len(ESCAPED) :] if name.startswith(ESCAPED) else name: value
+        for name, value in layer.items()
+        if name.startswith(ESCAPED) or not name.startswith(OWN)
+    }
+
+
+@pytest.mark.parametrize(
+    ("stored", "in_layer", "in_metadata_layer"),
+    [
+        (b"user.a", b"user.a", b"user.a"),
+        (b"user.overlay", b"user.overlay", b"user.overlay"),
+        (b"user.overlay.opaque", b"user.overlay.overlay.opaque", b"user.overlay.overlay.opaque"),
+        (b"user.overlay.overlay.a", b"user.overlay.overlay.overlay.a", b"user.overlay.overlay.overlay.a"),
+        (b"user.overlay.", b"user.overlay.overlay.", b"user.overlay.overlay."),
+        (b"trusted.overlay.redirect", None, b"user.overlay.redirect"),
+        (b"trusted.overlay.metacopy", None, b"user.overlay.metacopy"),
+        (b"trusted.overlay.opaque", None, b"user.overlay.opaque"),
+        (b"trusted.overlay.overlay", None, b"user.overlay.overlay"),
+        (b"trusted.overlay.overlay.opaque", b"trusted.overlay.opaque", b"trusted.overlay.opaque"),
+        (b"trusted.overlay.overlay.overlay.a", b"trusted.overlay.overlay.a", b"trusted.overlay.overlay.a"),
+        (b"security.capability", b"security.capability", b"security.capability"),
+    ],
+)
+def test_names_in_a_layer(stored: bytes, in_layer: bytes | None, in_metadata_layer: bytes) -> None:
+    assert (LAYER.shown(stored), METADATA_LAYER.shown(stored)) == (in_layer, in_metadata_layer)
+    assert METADATA_LAYER.stored(in_metadata_layer) == stored
+    if in_layer is not None:
+        assert LAYER.stored(in_layer) == stored
+
+
+@given(NAMES)
+def test_every_name_that_is_shown_leads_back(name: bytes) -> None:
+    """So no two are shown alike, and what is asked for is found."""
+    for view in (MOUNTED, LAYER, METADATA_LAYER):
+        shown = view.shown(name)
+        assert view.stored(shown) == name if shown is not None else view is not METADATA_LAYER
+
+
+@given(NAMES)
+def test_every_name_that_can_be_asked_for_is_one_of_a_stored_name(asked: bytes) -> None:
+    for view in (MOUNTED, METADATA_LAYER):
+        assert view.shown(view.stored(asked)) == asked
+
+
+XATTRS = st.lists(st.builds(Xattr, NAMES, st.binary(max_size=3), st.integers(0, 6)), max_size=12)
+
+
+@given(XATTRS)
+def test_overlayfs_above_a_layer_shows_what_the_kernel_mount_shows(stored: list[Xattr]) -> None:
+    for view in (LAYER, METADATA_LAYER):
+        assert through_overlayfs(view.xattrs(stored)) == MOUNTED.xattrs(stored)
+
+
+@given(XATTRS)
+def test_only_a_layer_of_metadata_has_overlayfs_own(stored: list[Xattr]) -> None:
+    def own(view: View) -> dict[bytes, bytes]:
+        return {name: value for name, value in view.xattrs(stored).items() if name.startswith(OWN)}
+
+    assert all(name.startswith(ESCAPED) for name in own(LAYER))
+    expected: dict[bytes, bytes] = {}
+    for name, value, index in stored:
+        if index and name.startswith(b"trusted.overlay.") and not name.startswith(b"trusted.overlay.overlay."):
+            expected.setdefault(OWN + name[len(b"trusted.overlay.") :], value)
+    assert {name: value for name, value in own(METADATA_LAYER).items() if not name.startswith(ESCAPED)} == expected
 
 
 def test_trap_security_trusted_and_acl_xattrs_are_in_the_view() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.errors import HostError
-from cfsfuse.mount import kernel, probe, syscalls
+from cfsfuse.mount import overlayfs, probe, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
 from cfsfuse.verity.digest import SHA256
@@ -23,8 +24,10 @@ from tests.cli_support import add_object
 from tests.support import reader_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from cfsfuse.mount.layers import Layers
 
 
 def refusing(number: int, *, at: str = "__init__") -> type[syscalls.Context]:
@@ -77,8 +80,8 @@ def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (errno.ENODEV, "__init__", "this kernel has no overlayfs: modprobe overlay"),
         (errno.EPERM, "__init__", "overlayfs: Operation not permitted"),
-        (errno.EINVAL, "set", kernel.NO_VERITY),
-        (0, "takes_anything", kernel.NO_VERITY),
+        (errno.EINVAL, "set", overlayfs.NO_VERITY),
+        (0, "takes_anything", overlayfs.NO_VERITY),
     ],
 )
 def test_overlayfs_that_does_not_verify(number: int, at: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +100,93 @@ def test_no_erofs(number: int, problem: str, monkeypatch: pytest.MonkeyPatch) ->
     for at in ("__init__", "mount"):
         monkeypatch.setattr(probe, "Context", refusing(number, at=at))
         assert Host().look(Fact.KERNEL_VIEW) == problem
+
+
+class Overlay:
+    """Stands for overlayfs above a lower and a data-only layer that lie in a temporary folder."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self.content = b""
+        self.parameters: list[Mapping[str, str | None]] = []
+        self.failure: Exception | None = None
+        (folder / "scratch").mkdir()
+        (folder / "view").mkdir()
+
+        class Tmpfs(refusing(errno.EPERM)):  # type: ignore[misc]  # a class made at run time
+            def __init__(self, fstype: str) -> None:
+                assert fstype == "tmpfs"
+                self._fd = os.memfd_create("context")
+
+            def mount(self, _attributes: int) -> int:
+                return os.open(folder / "scratch", os.O_RDONLY)
+
+        monkeypatch.setattr(probe, "Context", Tmpfs)
+        monkeypatch.setattr(overlayfs, "above", self._above)
+
+    @contextlib.contextmanager
+    def _above(self, lower: int, layers: Layers, parameters: Mapping[str, str | None], *_rest: object) -> Iterator[int]:
+        self.parameters.append(parameters)
+        assert os.listdir(lower) == ["file"]
+        assert [os.listdir(data) for data in layers.data] == [["object"]]
+        if self.failure is not None:
+            raise self.failure
+        (self._folder / "view/file").write_bytes(self.content)
+        with syscalls.closing(os.open(self._folder / "view", os.O_RDONLY)) as view:
+            yield view
+
+
+@pytest.fixture
+def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Overlay]:
+    made = Overlay(tmp_path, monkeypatch)
+    before = os.listdir("/proc/self/fd")
+    yield made
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_overlayfs_of_users(overlay: Overlay, tmp_path: Path) -> None:
+    """With and without a redirect to follow; what is to be shown is not what lies in the layer."""
+    overlay.content = probe._CONTENT
+    assert Host().look(Fact.USER_OVERLAY_DATA) is None
+    file = tmp_path / "scratch/lower/file"
+    assert file.read_bytes() == bytes(len(probe._CONTENT))
+    assert (os.getxattr(file, "user.overlay.metacopy"), os.getxattr(file, "user.overlay.redirect")) == (b"", b"/object")
+    assert (tmp_path / "scratch/data/object").read_bytes() == probe._CONTENT
+    assert overlay.parameters == [{"userxattr": None}]
+
+
+def test_overlayfs_of_users_that_follows_no_redirect(overlay: Overlay, tmp_path: Path) -> None:
+    overlay.content = bytes(len(probe._CONTENT))
+    assert Host().look(Fact.USER_OVERLAY_DATA) == "overlayfs: shows an empty file; that needs Linux 6.16"
+    shutil.rmtree(tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir()
+    assert Host().look(Fact.USER_OVERLAY) is None
+
+
+@pytest.mark.parametrize(
+    ("fact", "needs"), [(Fact.USER_OVERLAY, "Linux 6.15"), (Fact.USER_OVERLAY_DATA, "Linux 6.16")], ids=str
+)
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OSError(errno.EPERM, "Operation not permitted"), "overlayfs: Operation not permitted"),
+        (OSError(errno.EINVAL, "Invalid argument"), "overlayfs: Invalid argument"),
+        (overlayfs.TooOldError(), "overlayfs of this kernel does not take descriptors"),
+    ],
+    ids=repr,
+)
+def test_overlayfs_that_is_not_for_users(
+    overlay: Overlay, fact: Fact, needs: str, failure: Exception, said: str
+) -> None:
+    overlay.failure = failure
+    assert Host().look(fact) == f"{said}; that needs {needs}"
+
+
+@pytest.mark.parametrize("fact", [Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA])
+def test_no_scratch_directory_for_overlayfs(fact: Fact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at in ("__init__", "mount"):
+        monkeypatch.setattr(probe, "Context", refusing(errno.EPERM, at=at))
+        assert str(Host().look(fact)).startswith("overlayfs: Operation not permitted; ")
 
 
 def test_mounting_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
