@@ -35,14 +35,15 @@ VIEWS = (("root", "root"), ("root", "user"), ("user", "user"))
 
 
 class Subject(NamedTuple):
-    """An image, who mounts it, and who looks."""
+    """An image, who mounts it, who looks, and by which session."""
 
     image: str
     mounting: str
     looking: str
+    session: str = "native"
 
     def __str__(self) -> str:
-        return f"{self.image}, mounted by {self.mounting}, seen by {self.looking}"
+        return f"{self.image}, mounted by {self.mounting}, seen by {self.looking}, {self.session}"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def pair(request: pytest.FixtureRequest, images_at: Callable[[str], TestImage], 
     mounter: Mounter = request.getfixturevalue("mounter")
     oracle = os.path.join(workspace, "oracle")
     os.makedirs(oracle, exist_ok=True)
-    with oracle_mount(image, oracle), mounter.mounted(image, accounts[subject.mounting]) as mount:
+    session = f"session={subject.session}"
+    with oracle_mount(image, oracle), mounter.mounted(image, accounts[subject.mounting], [session]) as mount:
         entries = list(walk(os.fsencode(oracle)))
         missing = missing_objects(oracle, entries)
         mount.log.claims = _claim(missing)
@@ -82,6 +84,18 @@ def _subjects(names: Iterable[str], views: Iterable[tuple[str, str]] = VIEWS) ->
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("pair", _subjects(IMAGES), indirect=True, scope="module", ids=str)
 def test_is_as_the_kernel_has_it(pair: Pair, check: str) -> None:
+    hold(pair, check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "pair",
+    [Subject(name, mounting, "user", "pyfuse3") for name in ("corners", "python") for mounting in ("root", "user")],
+    indirect=True,
+    scope="module",
+    ids=str,
+)
+def test_pyfuse3_is_as_the_kernel_has_it(pair: Pair, check: str) -> None:
     hold(pair, check)
 
 
