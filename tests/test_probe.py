@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.errors import HostError
-from cfsfuse.mount import overlayfs, probe, syscalls
+from cfsfuse.mount import kernel, overlayfs, probe, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
 from cfsfuse.verity.digest import SHA256
@@ -252,11 +252,13 @@ def test_a_child_says_how_it_went(run: Callable[[], None], said: str | None, mon
         os.waitpid(-1, os.WNOHANG)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_nothing_is_tried_outside_of_a_mount_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_tried_outside_of_a_mount_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
     monkeypatch.setattr(syscalls, "unshare_mounts", raising(OSError(errno.EPERM, "Operation not permitted")))
-    assert probe._in_child((tmp_path / "tried").mkdir) == "[Errno 1] Operation not permitted"
-    assert not (tmp_path / "tried").exists()
+    monkeypatch.setattr(kernel, "mount", lambda *_: tried.append("mount"))
+    with pytest.raises(OSError, match="Operation not permitted"):
+        probe._read_through_kernel("image", "objects", "mountpoint")
+    assert tried == []
 
 
 # The objects ----------------------------------------------------------------------------------------------------------
@@ -352,4 +354,4 @@ def test_no_descriptor_of_the_store_is_left_open(store: Store) -> None:
 
 
 def test_without_an_image_there_are_no_objects() -> None:
-    assert Host().look(Fact.OBJECTS_VERITY) == "no image was named whose objects could be asked"
+    assert Host().look(Fact.OBJECTS_VERITY) == probe.NOT_LOOKED_AT

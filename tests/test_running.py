@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.mount import running, syscalls
+from cfsfuse.mount import namespaces, running, syscalls
 from cfsfuse.mount.options import MountOptions, parse
 from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Bind, Layout
 from tests.cli_support import fails, run
@@ -181,7 +181,7 @@ def test_a_command_is_needed(asked: Asked) -> None:
 def test_contradictions_are_told_before_anything_is_done(
     options: str, layout: Layout, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "_adopt_orphans", None)
+    monkeypatch.setattr(syscalls, "adopt_orphans", None)
     with pytest.raises(UsageError, match=f"^{said}"):
         running.run("image", parse(options), layout, ["true"], print)
 
@@ -194,15 +194,15 @@ def test_namespaces_that_cannot_be_made(number: int, said: str, monkeypatch: pyt
     def fail() -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(running, "has_sys_admin", lambda: False)
+    monkeypatch.setattr(namespaces, "has_sys_admin", lambda: False)
     monkeypatch.setattr(syscalls, "unshare_user", fail)
-    monkeypatch.setattr(running, "_OBSTACLES", {"kernel/none": "0", "kernel/ostype": "Linux"})
+    monkeypatch.setattr(namespaces, "_OBSTACLES", {"kernel/none": "0", "kernel/ostype": "Linux"})
     remedy = "the administrator has to change kernel.ostype, which is Linux"
     with pytest.raises(HostError, match=f"^namespaces: {said}.*; {remedy}$"):
-        running._enter_namespaces()
-    monkeypatch.setattr(running, "_OBSTACLES", {"kernel/none": "0", "kernel/ostype": "another"})
+        namespaces.enter()
+    monkeypatch.setattr(namespaces, "_OBSTACLES", {"kernel/none": "0", "kernel/ostype": "another"})
     with pytest.raises(HostError, match=r"; this container forbids them: allow user namespaces in it, or run outside$"):
-        running._enter_namespaces()
+        namespaces.enter()
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_what_is_left_is_killed() -> None:
     """Whoever has started it, and only that."""
 
     def work() -> int:
-        running._adopt_orphans()
+        syscalls.adopt_orphans()
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server:
             script = "(trap '' TERM; sleep 60 & sleep 60) & sleep 60 &"
             subprocess.run(["sh", "-c", script], check=True, stdout=subprocess.DEVNULL)

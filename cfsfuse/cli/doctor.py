@@ -11,7 +11,7 @@ from cfsfuse.errors import UsageError
 from cfsfuse.mount.ladder import reader_of
 from cfsfuse.mount.options import parse
 from cfsfuse.mount.plan import Fact, judge
-from cfsfuse.mount.probe import Host
+from cfsfuse.mount.probe import NOT_LOOKED_AT, Host
 
 if TYPE_CHECKING:
     import argparse
@@ -60,7 +60,8 @@ def _lines(host: Host, verdicts: dict[str, list[Verdict]]) -> Iterator[str]:
     yield f"Linux {platform.release()}"
     for fact in Fact:
         problem = host.look(fact)
-        yield f"  {fact.value:34} {'yes' if problem is None else f'no: {problem}'}"
+        answer = "yes" if problem is None else problem if problem == NOT_LOOKED_AT else f"no: {problem}"
+        yield f"  {fact.value:34} {answer}"
     for promise, found in verdicts.items():
         yield ""
         yield f"Mounts {promise} (-o {_PROMISES[promise]}):"
@@ -70,7 +71,8 @@ def _lines(host: Host, verdicts: dict[str, list[Verdict]]) -> Iterator[str]:
 def explanation(verdicts: Iterable[Verdict], chosen: Backend | None = None) -> Iterator[str]:
     """Yield a line for each backend: whether it can be taken, whether it is `chosen`, and why not."""
     for backend, problems in verdicts:
-        state = "chosen" if backend is chosen else "possible" if not problems else "refused"
-        yield f"  {backend.value:8} {state}" + "".join(
-            f"{': ' if not at else '; '}{text}" for at, text in enumerate(problems)
-        )
+        state = "chosen" if backend is chosen else "refused" if problems else "possible"
+        if problems == [NOT_LOOKED_AT]:
+            yield f"  {backend.value:8} {NOT_LOOKED_AT}"
+        else:
+            yield f"  {backend.value:8} {state}{': ' if problems else ''}{'; '.join(problems)}"

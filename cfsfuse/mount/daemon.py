@@ -68,11 +68,11 @@ def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int
 
 def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoReturn:
     announced = False
+    null = os.open(os.devnull, os.O_RDWR)  # now: the mount may hide it
 
     def ready() -> None:
         nonlocal announced
         sys.stdout.flush()
-        null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
         os.close(null)

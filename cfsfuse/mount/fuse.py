@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import fcntl
 import functools
 import gc
@@ -25,7 +26,7 @@ from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.mount.options import MountOptions
@@ -46,7 +47,6 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
     """
     mountpoint = os.path.realpath(mountpoint)
     check_device()
-    _raise_descriptor_limit()
     foreground = serving is Serving.FOREGROUND
     log = os.path.abspath(options.log) if options.log else None
     with contextlib.ExitStack() as stack:
@@ -61,10 +61,12 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
 
         def serve(ready: Callable[[], None]) -> None:
             daemon.log_to(log, foreground=foreground)
+            _raise_descriptor_limit()
             # Only the process that serves pays for the import of trio and what needs it. What it allocates lives on:
             # looking for cycles in it meanwhile would take a quarter of the time. The session turns the collector on.
             gc.disable()
-            from cfsfuse.vfs import Vfs
+            with _no_search_for_libraries():
+                from cfsfuse.vfs import Vfs
 
             store = ObjectStore(directories, TreeStore(directories, tree_cache()), options.verification)
             vfs = Vfs(session.reader(image.reader), store, space_of_store=options.statfs == "store")
@@ -77,6 +79,20 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
             serve(functools.partial(fcntl.flock, claim, fcntl.LOCK_UN))
         else:
             daemon.launch(serve, [*image.not_ours, claim], tied=serving is Serving.TIED)
+
+
+@contextlib.contextmanager
+def _no_search_for_libraries() -> Iterator[None]:
+    """Answer the one question for a library that an import asks: trio's, for the one that names its threads.
+
+    Where there is no cache of libraries the search runs the compiler, which takes longer than the rest of a mount.
+    """
+    original = ctypes.util.find_library
+    ctypes.util.find_library = "lib{}.so.0".format
+    try:
+        yield
+    finally:
+        ctypes.util.find_library = original
 
 
 def _raise_descriptor_limit() -> None:

@@ -38,6 +38,7 @@ class Fact(Enum):
     OBJECTS_VERITY = "objects with fs-verity"
     FUSE = "/dev/fuse"
     FUSE_MOUNT = "FUSE mounts"
+    NAMESPACES = "namespaces, for cfsfuse run"
 
 
 class Verdict(NamedTuple):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.erofs.writer import write
 from cfsfuse.errors import CfsError, HostError, ObjectError
-from cfsfuse.mount import kernel, overlayfs, syscalls
+from cfsfuse.mount import kernel, namespaces, overlayfs, syscalls
 from cfsfuse.mount.fusemount import check_device
 from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.erofs.reader import Reader
 
+NOT_LOOKED_AT = "depends on the store: name an image and its basedir"
 _SAMPLE = 8  # objects that are asked for their fs-verity: a store is filled by tools, and all of it alike
 _CONTENT = b"the kernel shows this file"
 _ALL_WELL = b"\0"
@@ -66,7 +67,7 @@ class Host:
     def _objects(self) -> str | None:
         """Return why the kernel would not verify an object, going by the first few of the image."""
         if self._reader is None:
-            return "no image was named whose objects could be asked"
+            return NOT_LOOKED_AT
         directories = BaseDirectories(self._basedir)
         try:
             for node in itertools.islice(_with_digest(self._reader()), _SAMPLE):
@@ -214,6 +215,7 @@ def _tree() -> Entry:
 
 
 def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
+    syscalls.unshare_mounts()
     kernel.mount(image, mountpoint, MountOptions(basedir=(objects,), verification=Verification.OFF))
     with open(os.path.join(mountpoint, "file"), "rb") as file:
         if file.read() != _CONTENT:
@@ -221,13 +223,12 @@ def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
 
 
 def _in_child(run: Callable[[], None]) -> str | None:
-    """Run in a child process with a mount namespace of its own; return what it raises, as text."""
+    """Run in a child process, whose namespaces go with it; return what it raises, as text."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
         try:
-            syscalls.unshare_mounts()
             run()
             os.write(writing, _ALL_WELL)
         except (CfsError, OSError) as error:
@@ -253,12 +254,16 @@ def _device() -> str | None:
 
 def _fuse_mount() -> str | None:
     if has_sys_admin():
-        return None
+        return _mount()
     if shutil.which("fusermount3") is None:
         return "fusermount3: not found; install the package fuse3"
     if has_no_new_privileges():
         return f"fusermount3 has no privileges here (no_new_privs): mount outside, or {_IN_NAMESPACE}"
     return None
+
+
+def _namespaces() -> str | None:
+    return _in_child(namespaces.enter)
 
 
 _TRIES = {
@@ -269,4 +274,5 @@ _TRIES = {
     Fact.OVERLAY_VERITY: _overlay_verity,
     Fact.FUSE: _device,
     Fact.FUSE_MOUNT: _fuse_mount,
+    Fact.NAMESPACES: _namespaces,
 }

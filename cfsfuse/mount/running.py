@@ -1,12 +1,8 @@
-"""A command for which an image is mounted, and nobody else: in namespaces of its own, gone when it ends.
-
-Where mounting is not permitted, a user namespace is made first, in which the user is root: user_namespaces(7).
-"""
+"""A command for which an image is mounted, and nobody else: in namespaces of its own, gone when it ends."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import os
@@ -18,11 +14,10 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cfsfuse.errors import CfsError, HostError, UsageError
-from cfsfuse.mount import ladder, syscalls
+from cfsfuse.mount import ladder, namespaces, syscalls
 from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.mount.unmount import unmount
-from cfsfuse.privilege import has_sys_admin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,20 +34,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _OF_THE_TERMINAL = (signal.SIGINT, signal.SIGQUIT)  # the command gets them itself
 _OF_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # which it ignores, but commands rely on
 _ORPHANED = signal.SIGALRM  # tells the process that does the work that the one above it has been killed
-_PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 _USAGE, _IMPOSSIBLE = 2, 1  # how a child tells which error it has, besides its text
 _PATIENCE = 10  # seconds for a server to end when its mount is gone: it takes a moment
-
-# What keeps an ordinary user from making a user namespace: a file of /proc/sys/kernel or user, and the value that does.
-_OBSTACLES = {
-    "user/max_user_namespaces": "0",
-    "kernel/unprivileged_userns_clone": "0",
-    "kernel/apparmor_restrict_unprivileged_userns": "1",
-}
-_ROOT_WITHOUT_CAPABILITY = (  # since Linux 5.12, user_namespaces(7)
-    "namespaces: root needs CAP_SETFCAP to make them where it has no CAP_SYS_ADMIN: "
-    "leave it one of them, or run as an ordinary user"
-)
 
 
 class Bind(NamedTuple):
@@ -85,13 +68,13 @@ def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str
     CfsError when the command cannot be started, with nothing mounted.
     """
     _check(options, layout)
-    _adopt_orphans()
+    syscalls.adopt_orphans()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a server raises it
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_signals())
         has_scratch = layout.at is None or layout.writable
         scratch = stack.enter_context(_scratch_directory()) if has_scratch else ""
-        _enter_namespaces()
+        namespaces.enter()
         if has_scratch:
             stack.enter_context(_emptied(scratch))
         if layout.writable:
@@ -205,11 +188,6 @@ def _unmount(place: str, servers: Sequence[int]) -> None:
 # --- Processes ---
 
 
-def _adopt_orphans() -> None:
-    """Become the parent of processes below this one whose own parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
-
-
 def _children() -> list[int]:
     pid = os.getpid()
     with contextlib.suppress(OSError), open(f"/proc/self/task/{pid}/children", encoding="ascii") as file:
@@ -230,42 +208,6 @@ def _exit_status(status: int) -> int:
     """Return for a status of waitpid(2) the one that a shell would have."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
-
-
-# --- Namespaces ---
-
-
-def _enter_namespaces() -> None:
-    """Give this process mounts of its own, and the right to make some."""
-    try:
-        if not has_sys_admin():
-            _enter_user_namespace()
-        syscalls.unshare_mounts()
-    except OSError as error:
-        reason = "no more may be made" if error.errno == errno.ENOSPC else error.strerror
-        raise HostError(f"namespaces: {reason}; {_remedy()}") from None
-
-
-def _enter_user_namespace() -> None:
-    uid, gid = os.geteuid(), os.getegid()
-    syscalls.unshare_user()
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-            try:
-                os.write(file.fileno(), text.encode())
-            except PermissionError:
-                if uid == 0 and name == "uid_map":
-                    raise HostError(_ROOT_WITHOUT_CAPABILITY) from None
-                raise
-
-
-def _remedy() -> str:
-    """Return what would make user namespaces possible."""
-    for name, value in _OBSTACLES.items():
-        with contextlib.suppress(OSError), open(f"/proc/sys/{name}", encoding="ascii") as file:
-            if file.read().strip() == value:
-                return f"the administrator has to change {name.replace('/', '.')}, which is {value}"
-    return "this container forbids them: allow user namespaces in it, or run outside"
 
 
 # --- The command ---
