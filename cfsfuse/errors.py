@@ -1,6 +1,6 @@
 """What can go wrong, in the terms of the field.
 
-The classes carry data and a sentence for people; they know neither errno nor exit codes. `fuse.operations` turns them
+The classes carry data and a sentence for people; they know neither errno nor exit codes. `fuse.answers` turns them
 into an errno and `cli.main` into an exit code, each in one table.
 """
 

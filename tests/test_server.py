@@ -16,7 +16,7 @@ import trio
 from cfsfuse.erofs import overlay
 from cfsfuse.erofs.image import Image, Nid
 from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import ImageError
+from cfsfuse.errors import HostError, ImageError
 from cfsfuse.fuse import protocol
 from cfsfuse.fuse.protocol import InitFlag, Opcode, OpenFlag
 from cfsfuse.fuse.server import Server
@@ -122,7 +122,8 @@ class Served:
         image = Image(made.content())
         reader = Reader(image, overlay.METADATA_LAYER if layer else overlay.MOUNTED)
         self.vfs = Vfs(reader, store.open())
-        self.server = Server(self.device.fileno(), self.vfs, **options)
+        self.server = Server(self.vfs, **options)
+        self.server._fd = self.device.fileno()
 
     def close(self) -> None:
         self.device.close()
@@ -268,7 +269,10 @@ def test_newer_kernels_are_told_what_is_spoken(served: Served, major: int, minor
 
 @pytest.mark.parametrize(("major", "minor"), [(7, 22), (6, 99), (0, 0)])
 def test_a_kernel_that_is_too_old_is_refused(served: Served, major: int, minor: int) -> None:
-    assert served.ask(Opcode.INIT, 0, initial(0, major, minor)).errno == errno.EIO
+    assert served.ask(Opcode.INIT, 0, initial(0, major, minor)).errno == errno.EPROTO
+    with pytest.raises(HostError, match=f"FUSE {major}.{minor} of this kernel is too old"):
+        trio.run(served.server.run, served.device.fileno(), 0.0)
+    assert served.server.agreed.is_set()
 
 
 def test_directories_are_opened_where_the_kernel_cannot_do_without(served: Served) -> None:
@@ -578,21 +582,21 @@ def test_below_an_overlay_xattrs_are_prepared_behind_a_listing(
     serving: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of regular files alone, in the order of the listing; and only there."""
-    for below_overlay in (True, False):
-        served = serving(contents(), layer=True, below_overlay=below_overlay)
+    for prepares in (True, False):
+        served = serving(contents(), layer=True, prepares_xattrs=prepares)
         prepared: list[int] = []
         monkeypatch.setattr(served.vfs, "prepare_xattrs", prepared.append)
         served.list(b"/", 4096)
         while served.server._work_ahead():
             pass
         files = [served.nid(path) for path in (b"inline", b"large", b"missing", b"small")]
-        assert prepared == (files if below_overlay else [])
+        assert prepared == (files if prepares else [])
 
 
 def test_prepared_xattrs_are_answered_without_reading_the_image(
     serving: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = serving(contents(), layer=True, below_overlay=True)
+    served = serving(contents(), layer=True, prepares_xattrs=True)
     served.list(b"/", 4096)
     while served.server._work_ahead():
         pass
@@ -612,7 +616,7 @@ def test_what_cannot_be_prepared_is_told_to_who_asks(
     broken = im.file(b"x", xattrs={b"user.a": b"1"})
     made = im.make(im.directory({b"bad": broken, b"good": im.file(b"g")}))
     made.patch_xattr(broken, "h_shared_count", 255)
-    served = serving(made, below_overlay=True)
+    served = serving(made, prepares_xattrs=True)
     assert len(served.list(b"/", 4096)) == 4
     while served.server._work_ahead():
         pass
@@ -658,7 +662,7 @@ async def converse(served: Served, talk: Callable[[Session], Any]) -> None:
     """Run the session for as long as `talk` does; the end of the mount ends it."""
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(served.server.run, 0.0)
+            nursery.start_soon(served.server.run, served.device.fileno(), 0.0)
             await talk(Session(served))
             served.kernel.shutdown(socket.SHUT_WR)  # a request of no bytes, as the device has it for ENODEV
 
@@ -802,6 +806,19 @@ def test_who_has_gone_is_no_error(served: Served, number: int, monkeypatch: pyte
     served.server._serve(packed(9999, ROOT))
 
 
+def test_an_answer_that_the_kernel_does_not_take_costs_that_one(
+    served: Served, claim: Callable[[str, int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", refuse)
+        assert served.ask(Opcode.GETATTR, ROOT, bytes(16)).errno == errno.EIO
+    claim("unexpected error in an answer", 1)
+    assert served.ask(Opcode.GETATTR, ROOT, bytes(16)).errno == 0
+
+
 @pytest.mark.parametrize(
     ("number", "received"), [(errno.ENODEV, b""), (errno.EAGAIN, None), (errno.EINTR, None), (errno.ENOENT, None)]
 )
@@ -821,4 +838,4 @@ def test_a_root_that_fuse_cannot_have_is_refused(store: Store, monkeypatch: pyte
     vfs = Vfs(Reader(Image(made.content())), store.open())
     monkeypatch.setattr(vfs, "root", vfs.root._replace(nid=Nid(1)))
     with pytest.raises(ImageError, match="1 cannot be served through FUSE"):
-        Server(0, vfs)
+        Server(vfs)

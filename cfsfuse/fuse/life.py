@@ -1,11 +1,11 @@
-"""What the sessions have in common: how a mount begins and ends, and what is set up for the time between."""
+"""What the sessions have in common: signals end them, and memory is settled when they begin."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import signal
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -13,16 +13,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Life(Protocol):
-    """What the one who mounts wants to know, and knows, of the mount's life."""
-
-    async def begins(self) -> None:
-        """Announce the mount: it is usable. Raises a CfsError when it is not."""
-
-    def ends(self) -> bool:
-        """Return whether what is mounted there is still this mount, and left to the session to unmount."""
 
 
 async def stop_on_signal(signals: AsyncIterator[int], stop: Callable[[], object]) -> None:

@@ -16,6 +16,7 @@ from cfsfuse.errors import CfsError, ImageError
 from cfsfuse.fuse.answers import COOKIES, DEVICE_MASK, FOREVER, Reports, errno_of, errno_of_absent_xattr
 from cfsfuse.fuse.caller import visible_names
 from cfsfuse.fuse.listings import Entries, Listings
+from cfsfuse.fuse.protocol import check_root
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -70,8 +71,7 @@ class Operations(pyfuse3.Operations):
         self._listings = Listings(vfs, self._prepare, COOKIES)
         self.work_ahead = self._listings.work_ahead
         self.report = Reports().report
-        if self._root <= pyfuse3.ROOT_INODE:
-            raise ImageError("root_nid", f"{self._root} cannot be served through FUSE")
+        check_root(self._root)
         self._absent = EntryAttributes()
         self._absent.entry_timeout = FOREVER
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 from struct import Struct
 
+from cfsfuse.errors import ImageError
+
 SPOKEN = (7, 31)
 """The version that has all we use: a newer kernel speaks it as well."""
 
@@ -98,3 +100,9 @@ _SIZES = {
 }
 if wrong := [layout.format for layout, size in _SIZES.items() if layout.size != size]:
     raise AssertionError(wrong)
+
+
+def check_root(nid: int) -> None:
+    """Raise ImageError when the root of an image has a number that in FUSE stands for the root itself, or nothing."""
+    if nid <= ROOT_ID:
+        raise ImageError("root_nid", f"{nid} cannot be served through FUSE")

@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import trio
 
@@ -33,11 +33,11 @@ from cfsfuse.fuse.polling import RequestWaiter
 from cfsfuse.fuse.protocol import InitFlag, Opcode, OpenFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from cfsfuse.erofs.image import Nid
     from cfsfuse.erofs.inode import Inode
-    from cfsfuse.fuse.life import Life
     from cfsfuse.verity.merkle import Bytes
     from cfsfuse.vfs import Vfs
 
@@ -82,18 +82,21 @@ Answer: TypeAlias = "Bytes | int | None"
 
 
 class Server:
-    """Serves a `Vfs` on a descriptor of /dev/fuse. A node's id is its nid, only that of the root is 1."""
+    """Serves a `Vfs` to the kernel. A node's id is its nid, only that of the root is 1."""
 
     def __init__(
-        self, fd: int, vfs: Vfs, *, uid: int | None = None, gid: int | None = None, below_overlay: bool = False
+        self, vfs: Vfs, *, uid: int | None = None, gid: int | None = None, prepares_xattrs: bool = False
     ) -> None:
-        """`fd` stays the caller's; `uid` and `gid` replace every owner when given.
+        """`uid` and `gid` replace every owner when given.
 
-        `below_overlay` says that who lists a directory will ask for the xattrs of its files.
+        `prepares_xattrs` says that who lists a directory will ask for the xattrs of its files, as overlayfs does.
         """
-        self._below_overlay = below_overlay
+        self.agreed = trio.Event()
+        """Kernel and server have agreed on how to speak, or will not any more."""
+        self._fd = -1
+        self._failure: HostError | None = None
+        self._prepares_xattrs = prepares_xattrs
         self._ahead: list[Nid] = []
-        self._fd = fd
         self._vfs = vfs
         self._uid = uid
         self._gid = gid
@@ -102,8 +105,7 @@ class Server:
         self._report = Reports().report
         self._later: trio.Nursery | None = None
         self._opens_directories = False
-        if self._root <= protocol.ROOT_ID:
-            raise ImageError("root_nid", f"{self._root} cannot be served through FUSE")
+        protocol.check_root(self._root)
         self._handlers: dict[int, Callable[[Request], Answer]] = {
             Opcode.INIT: self._init,
             Opcode.LOOKUP: self._lookup,
@@ -120,14 +122,21 @@ class Server:
             **dict.fromkeys((Opcode.FORGET, Opcode.BATCH_FORGET), _ignore),
         }
 
-    async def run(self, poll: float) -> None:
-        """Answer requests until the mount has gone. `poll` is in seconds."""
-        os.set_blocking(self._fd, False)
+    async def run(self, fd: int, poll: float) -> None:
+        """Answer the requests that come on `fd`, a descriptor of /dev/fuse, until the mount has gone.
+
+        `poll` is in seconds. Raises HostError when the kernel is too old.
+        """
+        self._fd = fd
+        os.set_blocking(fd, False)
         waiter = RequestWaiter(poll, self._is_idle, self._work_ahead)
         async with trio.open_nursery() as self._later:
-            while data := await waiter.request(self._fd, self._receive):
+            while self._failure is None and (data := await waiter.request(fd, self._receive)):
                 self._serve(data)
             self._later.cancel_scope.cancel()
+        self.agreed.set()
+        if self._failure is not None:
+            raise self._failure
 
     def _receive(self) -> bytes | None:
         """Return a request, nothing when the mount has gone, None when there is none yet."""
@@ -167,8 +176,12 @@ class Server:
             else:
                 os.writev(self._fd, (_pack_header(_HEADER + len(answer), 0, unique), answer))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # whoever asked has gone, or the mount
-                raise
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # whoever asked has gone, or the mount
+                return
+            # One answer that the kernel does not take must not unmount the rest.
+            log.exception("unexpected error in an answer")
+            with contextlib.suppress(OSError):
+                os.write(self._fd, _pack_header(_HEADER, -errno.EIO, unique))
 
     def _answer_later(self, request: Request, what: str, answer: Callable[[], Awaitable[Bytes]]) -> None:
         async def run() -> None:
@@ -255,7 +268,9 @@ class Server:
     def _init(self, request: Request) -> Answer:
         major, minor, max_readahead, flags = protocol.INIT_IN.unpack_from(request.body)
         if (major, minor) < protocol.OLDEST:
-            raise HostError(f"FUSE {major}.{minor} of this kernel is too old")
+            self._failure = HostError(f"FUSE {major}.{minor} of this kernel is too old: that needs Linux 3.15")
+            return errno.EPROTO
+        self.agreed.set()
         wanted = _WANTED | (InitFlag.POSIX_ACL if self._vfs.reader.image.has_acl else 0)
         self._opens_directories = not flags & InitFlag.NO_OPENDIR_SUPPORT
         return protocol.INIT_OUT.pack(
@@ -291,7 +306,7 @@ class Server:
     def _prepare(self, entries: Entries, cookie: int) -> _Records:
         records = [self._record(name, inode, at) for at, (name, inode) in enumerate(entries, cookie)]
         ends = [*accumulate(map(len, records), initial=0)]
-        files = [inode.nid for _, inode in entries if inode.is_regular] if self._below_overlay else []
+        files = [inode.nid for _, inode in entries if inode.is_regular] if self._prepares_xattrs else []
         return _Records(b"".join(records), ends, files)
 
     def _record(self, name: bytes, inode: Inode, cookie: int) -> bytes:
@@ -358,30 +373,51 @@ def _fitting(value: bytes, size: int) -> Answer:
     return value if len(value) <= size else errno.ERANGE
 
 
-async def serve(server: Server, *, poll: float, life: Life) -> None:
-    """Serve until the mount has gone, or until SIGINT or SIGTERM; `poll` is in seconds.
+class Life(Protocol):
+    """What the one who mounts does for a session."""
 
-    Raises the CfsError with which `life` fails to begin.
+    def mounted(self) -> AbstractContextManager[int]:
+        """Mount, and give the device on which requests come; unmount in the end what is still this mount."""
+
+    async def begins(self) -> None:
+        """Announce the mount, or make it first where that takes answers. Raises a CfsError when that fails."""
+
+
+async def serve(server: Server, *, poll: float, life: Life) -> None:
+    """Mount, and serve until the mount has gone, or until SIGINT or SIGTERM; `poll` is in seconds.
+
+    Raises the CfsError for which the mount cannot be made, or does not come to life.
     """
-    failure: CfsError | None = None
+    failures: list[CfsError] = []
     begun = trio.Event()
-    with trio.open_signal_receiver(*SIGNALS) as signals:
+    # First of all the signals: one that comes while the mount is made must not leave it.
+    with trio.open_signal_receiver(*SIGNALS) as signals, life.mounted() as device:
         async with trio.open_nursery() as nursery:
             stop = nursery.cancel_scope.cancel
 
             async def run() -> None:
-                await server.run(poll)
+                with _noted(failures):
+                    await server.run(device, poll)
                 await begun.wait()  # a mount that fails takes the device's with it, and says why a little later
                 stop()
 
             nursery.start_soon(stop_on_signal, signals, stop)
             nursery.start_soon(run)
             settle_memory()
-            try:
+            await server.agreed.wait()
+            with _noted(failures):
                 await life.begins()
-            except CfsError as error:
-                failure = error
-                stop()
             begun.set()
-    if failure is not None:
-        raise failure
+            if failures:
+                stop()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _noted(failures: list[CfsError]) -> Iterator[None]:
+    """Note a CfsError instead of raising it: out of a nursery it would come in a group."""
+    try:
+        yield
+    except CfsError as error:
+        failures.append(error)

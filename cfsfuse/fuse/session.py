@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
 import trio
@@ -20,7 +20,6 @@ from cfsfuse.fuse.polling import RequestWaiter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from cfsfuse.fuse.life import Life
     from cfsfuse.fuse.operations import Operations
 
 # Requests under way at once, each in a task: many more than may wait for threads, so that metadata never waits for
@@ -52,6 +51,16 @@ class Turn:
         if not self._woken and self._waiting:
             self._woken = True
             self._waiting.unpark()
+
+
+class Life(Protocol):
+    """What the one who mounts wants to know, and knows, of the mount's life."""
+
+    async def begins(self) -> None:
+        """Announce the mount: it is usable. Raises a CfsError when it is not."""
+
+    def ends(self) -> bool:
+        """Return whether what is mounted there is still this mount, and left to the session to unmount."""
 
 
 async def serve(operations: Operations, mountpoint: str, options: Sequence[str], *, poll: float, life: Life) -> None:

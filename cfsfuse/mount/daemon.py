@@ -46,14 +46,21 @@ def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int
     With `tied` it unmounts when this process ends.
     """
     reading, writing = os.pipe()
+    us = os.getpid()
     pid = os.fork()
     if pid == 0:
-        os.close(reading)
-        if tied:
-            syscalls.die_with_parent(signal.SIGTERM)
-        for fd in not_ours:
-            os.close(fd)
-        _child(serve, writing)
+
+        def begin(ready: Callable[[], None]) -> None:
+            os.close(reading)
+            if tied:
+                syscalls.die_with_parent(signal.SIGTERM)
+                if os.getppid() != us:
+                    raise HostError("the process that mounts has ended")
+            for fd in not_ours:
+                os.close(fd)
+            serve(ready)
+
+        _child(begin, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         said = pipe.read()

@@ -12,15 +12,14 @@ import resource
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.basedirs import BaseDirectories
+from cfsfuse.fuse.protocol import check_root
 from cfsfuse.mount import daemon
 from cfsfuse.mount.daemon import Serving
-from cfsfuse.mount.fusemount import check_device
-from cfsfuse.mount.layers import opened_layers
+from cfsfuse.mount.fusemount import check_device, permitted
+from cfsfuse.mount.layers import Stack, opened_layers
 from cfsfuse.mount.mountpoint import check_mountpoint, claimed
-from cfsfuse.mount.options import PYFUSE3
 from cfsfuse.mount.places import tree_cache
-from cfsfuse.mount.plan import Backend
-from cfsfuse.mount.sessions import LibFuse, Life, Plain, Stacked
+from cfsfuse.mount.plan import Backend, is_stacked
 from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cfsfuse.erofs.reader import Reader
+    from cfsfuse.mount.fusemount import FuseOptions
     from cfsfuse.mount.options import MountOptions
 
 
@@ -47,17 +47,17 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
     """
     mountpoint = os.path.realpath(mountpoint)
     check_device()
+    check_root(image.reader.root.nid)
     foreground = serving is Serving.FOREGROUND
     log = os.path.abspath(options.log) if options.log else None
     with contextlib.ExitStack() as stack:
         # Opened before anything is mounted: a store below the mountpoint is the one underneath.
         directories = BaseDirectories(options.basedir)
-        session: LibFuse | Plain | Stacked
-        if backend is Backend.OVERLAY or options.upperdir is not None:
-            layers = stack.enter_context(opened_layers(options))
-            session = Stacked(layers, options, has_data=backend is Backend.OVERLAY)
+        how: FuseOptions | Stack
+        if is_stacked(backend, options):
+            how = Stack(stack.enter_context(opened_layers(options)), has_data=backend is Backend.OVERLAY)
         else:
-            session = (LibFuse if options.session == PYFUSE3 else Plain)(image.path, options)
+            how = permitted(image.path, options)
 
         def serve(ready: Callable[[], None]) -> None:
             daemon.log_to(log, foreground=foreground)
@@ -65,13 +65,12 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
             # Only the process that serves pays for the import of trio and what needs it. What it allocates lives on:
             # looking for cycles in it meanwhile would take a quarter of the time. The session turns the collector on.
             gc.disable()
-            with _no_search_for_libraries():
-                from cfsfuse.vfs import Vfs
+            with _no_search_for_pthread():
+                from cfsfuse.mount import sessions
 
             store = ObjectStore(directories, TreeStore(directories, tree_cache()), options.verification)
-            vfs = Vfs(session.reader(image.reader), store, space_of_store=options.statfs == "store")
             with watched(mountpoint) as watch:
-                session.serve(vfs, Life(mountpoint, watch, ready))
+                sessions.run(image.reader, store, options, how, sessions.Place(mountpoint, watch, ready))
 
         claim = stack.enter_context(claimed(mountpoint))
         check_mountpoint(mountpoint)
@@ -82,13 +81,13 @@ def mount(image: Opened, mountpoint: str, options: MountOptions, backend: Backen
 
 
 @contextlib.contextmanager
-def _no_search_for_libraries() -> Iterator[None]:
-    """Answer the one question for a library that an import asks: trio's, for the one that names its threads.
+def _no_search_for_pthread() -> Iterator[None]:
+    """Answer at once where a library is that trio 0.33 looks for at its import, to give its threads names.
 
-    Where there is no cache of libraries the search runs the compiler, which takes longer than the rest of a mount.
+    Where there is no cache of libraries that search runs the compiler, which takes longer than the rest of a mount.
     """
     original = ctypes.util.find_library
-    ctypes.util.find_library = "lib{}.so.0".format
+    ctypes.util.find_library = lambda name: "libpthread.so.0" if name == "pthread" else original(name)
     try:
         yield
     finally:

@@ -6,10 +6,11 @@ import functools
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import UsageError
+from cfsfuse.errors import HostError, UsageError
 from cfsfuse.imagefile import naming, open_image
 from cfsfuse.mount import daemon, fuse, kernel
 from cfsfuse.mount.daemon import Serving
+from cfsfuse.mount.options import AUTO
 from cfsfuse.mount.plan import Backend, choose, judge
 from cfsfuse.mount.probe import Host
 
@@ -40,18 +41,26 @@ def mount(
     reader = reader_of(image, options.digest)
     look = Host(reader, options.basedir).look
     foreground = serving is Serving.FOREGROUND
-    chosen = None
-    try:
-        backend = chosen = choose(options, look, foreground=foreground)
-    finally:
-        if tell is not None:
-            tell(list(judge(options, look, foreground=foreground)), chosen)
-    if backend is Backend.KERNEL:
-        kernel.mount(image, mountpoint, options)
-    else:
-        opened = fuse.Opened(image, reader(), not_ours)
-        fuse.mount(opened, mountpoint, options, backend, serving)
-    return backend
+    failed: dict[Backend, str] = {}
+    while True:
+        chosen = None
+        try:
+            chosen = choose(options, look, foreground=foreground, failed=failed)
+        finally:
+            if tell is not None and not failed:
+                tell(list(judge(options, look, foreground=foreground)), chosen)
+        try:
+            if chosen is Backend.KERNEL:
+                kernel.mount(image, mountpoint, options)
+            else:
+                fuse.mount(fuse.Opened(image, reader(), not_ours), mountpoint, options, chosen, serving)
+        except HostError as error:
+            # What was tried out has been possible, and this is not: the next backend may be.
+            if options.backend != AUTO or chosen is Backend.FUSE:
+                raise
+            failed[chosen] = str(error)
+        else:
+            return chosen
 
 
 def reader_of(image: str, digest: str | None) -> Callable[[], Reader]:

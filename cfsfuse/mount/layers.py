@@ -23,6 +23,16 @@ class Layers(NamedTuple):
     work: int | None
 
 
+class Stack(NamedTuple):
+    """What stands on a layer of ours: `layers`, from which overlayfs takes contents, if it does, and what is written.
+
+    With `has_data` our layer is metadata alone; without, it has verified contents as well.
+    """
+
+    layers: Layers
+    has_data: bool
+
+
 @contextlib.contextmanager
 def opened_layers(options: MountOptions) -> Iterator[Layers]:
     """Yield the directories that `options` name; raise UsageError for what overlayfs would not take, or should not."""

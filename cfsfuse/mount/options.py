@@ -51,7 +51,7 @@ class MountOptions:
         return self.upperdir is not None and not self.read_only
 
 
-# Handled by the kernel or fusermount3.
+# Handled by the kernel or fusermount3; a tree that takes no changes has no use for sync, and another one is overlayfs'.
 _KERNEL_FLAGS = frozenset(("nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "sync", "async"))
 # Said by mount(8) and fstab, with nothing to do: a mount without an upper directory never changes a time.
 _IGNORED = frozenset(

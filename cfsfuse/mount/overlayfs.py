@@ -29,6 +29,7 @@ _ATTRIBUTES = {
     "nosuid": syscalls.ATTR_NOSUID,
     "nodev": syscalls.ATTR_NODEV,
     "noexec": syscalls.ATTR_NOEXEC,
+    "noatime": syscalls.ATTR_NOATIME,
 }
 _NO_DESCRIPTORS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # as overlayfs of different ages says it
 
@@ -97,7 +98,7 @@ def _set_verity(context: Context, verity: str) -> None:
 
 
 def attributes(said: tuple[str, ...], *, read_only: bool) -> int:
-    """Return the flags of a mount: the same bits in the new calls and in mount(2). nosuid, nodev unless `said` else."""
+    """Return the attributes of a mount: nosuid and nodev, unless something else is `said`."""
     flags = dict.fromkeys(("nosuid", "nodev"), True)
     for flag in said:
         flags[flag if flag in _ATTRIBUTES else "no" + flag] = flag in _ATTRIBUTES

@@ -7,14 +7,15 @@ never taken: who wants it says `noverity`.
 from __future__ import annotations
 
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.errors import HostError
-from cfsfuse.mount.options import AUTO
+from cfsfuse.mount.options import AUTO, PYFUSE3
 from cfsfuse.objects import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from cfsfuse.mount.options import MountOptions
 
@@ -57,12 +58,22 @@ def judge(options: MountOptions, look: Callable[[Fact], str | None], *, foregrou
         yield Verdict(backend, list(_problems(backend, options, look, foreground=foreground)))
 
 
-def choose(options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool = False) -> Backend:
-    """Return the backend for `options`, looking at no more facts than needed; raise HostError when there is none."""
+def choose(
+    options: MountOptions,
+    look: Callable[[Fact], str | None],
+    *,
+    foreground: bool = False,
+    failed: Mapping[Backend, str] = MappingProxyType({}),
+) -> Backend:
+    """Return the backend for `options`, looking at no more facts than needed; raise HostError when there is none.
+
+    Those that have `failed`, in spite of all that was looked at, are told with the reason.
+    """
     refused = []
     for backend in Backend:
         if options.backend in (AUTO, backend.value):
-            problem = next(_problems(backend, options, look, foreground=foreground), None)
+            problems = _problems(backend, options, look, foreground=foreground)
+            problem = failed.get(backend) or next(problems, None)
             if problem is None:
                 return backend
             refused.append(f"{backend.value} backend: {problem}")
@@ -73,8 +84,10 @@ def _problems(
     backend: Backend, options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool
 ) -> Iterator[str]:
     yield from (f"{name}= is not for it" for name in _CANNOT[backend] if getattr(options, name) is not None)
-    if _is_overlay(backend, options) and options.allow_other is False:
+    if is_stacked(backend, options) and options.allow_other is False:
         yield "noallow_other is not for it: such a mount is there for everybody"
+    if options.session == PYFUSE3 and is_stacked(backend, options):
+        yield f"session={PYFUSE3} is not for it"
     if backend is Backend.KERNEL and foreground and options.backend == AUTO:
         yield "--foreground is for a server, which it has not"
     for fact in _needs(backend, options):
@@ -86,8 +99,8 @@ def _problems(
 _CANNOT = {Backend.KERNEL: ("uid", "gid"), Backend.OVERLAY: ("idmap",), Backend.FUSE: ("idmap",)}
 
 
-def _is_overlay(backend: Backend, options: MountOptions) -> bool:
-    """Return whether the tree is shown by overlayfs: through FUSE, that takes what is written."""
+def is_stacked(backend: Backend, options: MountOptions) -> bool:
+    """Return whether the tree is shown by overlayfs: with FUSE, to take what is written."""
     return backend is not Backend.FUSE or options.upperdir is not None
 
 
@@ -95,7 +108,7 @@ def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
     """Yield the facts that a backend needs, in the order of what it costs to look at them."""
     if backend is not Backend.KERNEL:
         yield Fact.FUSE
-    yield Fact.MOUNT if _is_overlay(backend, options) else Fact.FUSE_MOUNT
+    yield Fact.MOUNT if is_stacked(backend, options) else Fact.FUSE_MOUNT
     if backend is Backend.FUSE:
         if options.upperdir is not None:
             yield Fact.USER_OVERLAY

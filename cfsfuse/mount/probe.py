@@ -28,12 +28,12 @@ from cfsfuse.tree import Directory, Entry, External, Stat
 from cfsfuse.verity.ioctl import Absence, absence, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from cfsfuse.erofs.reader import Reader
 
 NOT_LOOKED_AT = "depends on the store: name an image and its basedir"
-_SAMPLE = 8  # objects that are asked for their fs-verity: a store is filled by tools, and all of it alike
+_SAMPLE = 2048  # files in the reach of the sample of objects that are asked for their fs-verity
 _CONTENT = b"the kernel shows this file"
 _ALL_WELL = b"\0"
 _IN_NAMESPACE = "in a user namespace, as cfsfuse run does"
@@ -65,12 +65,12 @@ class Host:
         return _TRIES[fact]()
 
     def _objects(self) -> str | None:
-        """Return why the kernel would not verify an object, going by the first few of the image."""
+        """Return why the kernel would not verify an object, going by some of the image's."""
         if self._reader is None:
             return NOT_LOOKED_AT
         directories = BaseDirectories(self._basedir)
         try:
-            for node in itertools.islice(_with_digest(self._reader()), _SAMPLE):
+            for node in _sample(_with_digest(self._reader())):
                 problem = _object_problem(directories, node)
                 if problem is not None:
                     return problem
@@ -83,6 +83,13 @@ def _with_digest(reader: Reader) -> Iterator[External]:
     for _, inode in reader.walk():
         node = reader.node(inode) if inode.is_regular else None
         if isinstance(node, External) and node.digest is not None and node.path is not None:
+            yield node
+
+
+def _sample(nodes: Iterable[External]) -> Iterator[External]:
+    """Yield the first, second, fourth node and so on: a store is filled by tools, and mostly all of it alike."""
+    for number, node in enumerate(itertools.islice(nodes, _SAMPLE), 1):
+        if number & number - 1 == 0:
             yield node
 
 

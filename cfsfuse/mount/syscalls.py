@@ -36,12 +36,14 @@ _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
 _MOUNT_ATTR = struct.Struct("<QQQQ")  # attr_set, attr_clr, propagation, userns_fd
 
-# Attributes of a mount, of fsmount(2); and what mount(2) calls the same.
+# Attributes of a mount, of fsmount(2); mount(2) has the same bits for all but the last.
 ATTR_RDONLY = 0x01
 ATTR_NOSUID = 0x02
 ATTR_NODEV = 0x04
 ATTR_NOEXEC = 0x08
+ATTR_NOATIME = 0x10
 
+_MS_NOATIME = 1 << 10
 _MS_REC = 1 << 14
 _MS_SILENT = 1 << 15
 _MS_PRIVATE = 1 << 18
@@ -162,8 +164,9 @@ def _set_attributes(mount: int, attributes: int, flags: int, user_namespace: int
     call(_SYS_MOUNT_SETATTR, mount, b"", flags, packed, len(packed))
 
 
-def old_mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+def old_mount(source: str, target: str, fstype: str, attributes: int, data: str) -> None:
     """mount(2), with no word in the kernel's log: callers try what it may not know."""
+    flags = attributes ^ (ATTR_NOATIME | _MS_NOATIME) if attributes & ATTR_NOATIME else attributes
     arguments = [os.fsencode(word) for word in (source, target, fstype)]
     _checked(_libc.mount(*arguments, ctypes.c_ulong(flags | _MS_SILENT), os.fsencode(data)))
 

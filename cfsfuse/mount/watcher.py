@@ -13,6 +13,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from cfsfuse.errors import HostError
+from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.privilege import has_sys_admin
 
 if TYPE_CHECKING:
@@ -20,18 +21,21 @@ if TYPE_CHECKING:
 
     from cfsfuse.mount.mountinfo import Mount
 
-# Reads which device is mounted, and then a line at the end. At the end of the file instead, the daemon has died: its
-# mount is hidden at once, and goes when the last who uses it does, if it is still the topmost one there: another
-# mount may have taken its place. $1 is the mount point as mountinfo has it. A shell, for it costs a megabyte where a
-# Python would cost ten.
+# Reads which device is mounted before ours, which is ours, and then a line at the end. At the end of the file instead,
+# the daemon has died: its mount is hidden at once, and goes when the last who uses it does, if it is still the topmost
+# one there: another mount may have taken its place. When the daemon has died before it could say which is ours, it is
+# one that has come since, for whoever mounts there has to wait. $1 is the mount point as mountinfo has it. A shell, for
+# it costs a megabyte where a Python would cost ten.
 _SCRIPT = """
 trap "" INT TERM HUP QUIT
-read -r device || exit 0
-read -r end && exit 0
+read -r before || exit 0
+read -r device && read -r end && exit 0
+top=none
 while read -r id parent at root point rest; do
     [ "$point" = "$1" ] && top=$at
 done </proc/self/mountinfo
 shift
+[ -n "$device" ] || [ "$top" = "$before" ] || device=$top
 [ "$top" = "$device" ] && exec "$@"
 """
 
@@ -58,6 +62,8 @@ def watched(mountpoint: str) -> Iterator[Callable[[Mount], None]]:
         with contextlib.suppress(BrokenPipeError):
             os.write(watcher.stdin.fileno(), text.encode() + b"\n")  # type: ignore[union-attr]  # a pipe was asked for
 
+    there = mount_at(mountpoint)
+    say("none" if there is None else there.device)
     with watcher:
         try:
             yield lambda mount: say(mount.device)
