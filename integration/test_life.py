@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import cfsfuse
 from cfsfuse.mount.mountinfo import mount_at
 from integration.mounts import (
     CFSFUSE,
@@ -137,6 +138,36 @@ def test_signal_ends_a_foreground_mount_with_0(user: User | None, number: signal
         said = process.communicate(timeout=20)
         assert (process.returncode, said) == (0, ("", ""))
         eventually(made.is_clean, "the end of mount and processes")
+
+
+@needs_root
+@pytest.mark.parametrize("backend", ["fuse", "overlay"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_that_comes_with_the_mount_leaves_nothing(made: Stage, backend: str, number: signal.Signals) -> None:
+    """Between the mount and its announcement, as near as it can be hit from outside."""
+    words = [CFSFUSE, "mount", "--foreground", *made.words(f"backend={backend}", "noverity")]
+    for _ in range(4):
+        with running(made.start(*words)) as process:
+            end = time.monotonic() + 20
+            while mount_at(made.mountpoint) is None and time.monotonic() < end:
+                pass
+            assert mount_at(made.mountpoint) is not None
+            process.send_signal(number)
+            process.wait(20)
+        eventually(made.is_clean, "the end of mount and processes")
+
+
+@needs_root
+def test_a_mount_that_hides_the_program_itself(made: Stage) -> None:
+    """What the server imports, it has imported before."""
+    package = os.path.dirname(cfsfuse.__file__)
+    words = [made.image, package, "-o", f"backend=fuse,basedir={made.store},log={made.log}"]
+    script = 'umask 0; "$@" && ls -A "$0" && umount -l "$0"'
+    command = ["sh", "-c", script, package, CFSFUSE, "mount", *words]
+    done = made.run(*command, wrapper=mount_in_private_namespace())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "inline" in done.stdout.split()
+    eventually(lambda: not made.processes(), "the daemon's end")
 
 
 def test_foreground_logs_to_standard_error(made: Stage) -> None:
