@@ -9,14 +9,14 @@ import pytest
 
 from cfsfuse.errors import HostError
 from cfsfuse.mount.options import parse
-from cfsfuse.mount.plan import Backend, Fact, choose, judge
+from cfsfuse.mount.plan import UNTRIED, Backend, Fact, choose, judge
 
 KERNEL, OVERLAY, FUSE = Backend
 ALL = frozenset(Fact)
 VERITY = {Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY}
 ROOT_WITHOUT_VERITY = ALL - VERITY
 ORDINARY = frozenset((Fact.FUSE, Fact.FUSE_MOUNT))
-ORDINARY_WITH_VERITY = ALL - {Fact.MOUNT, Fact.KERNEL_VIEW}
+ORDINARY_WITH_VERITY = ALL - {Fact.EROFS, Fact.MOUNT, Fact.KERNEL_VIEW}
 NAMESPACE = ALL - {Fact.KERNEL_VIEW}
 BEFORE_6_16 = {Fact.USER_OVERLAY_DATA}
 BEFORE_5_11 = {Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
@@ -51,13 +51,13 @@ IDMAP = "idmap= is not for it"
     [
         ("noverity", ALL, KERNEL),
         ("noverity", ROOT_WITHOUT_VERITY, KERNEL),
-        ("noverity", frozenset((Fact.MOUNT, Fact.KERNEL_VIEW)), KERNEL),
+        ("noverity", frozenset((Fact.EROFS, Fact.KERNEL_VIEW)), KERNEL),
         ("noverity", NAMESPACE, OVERLAY),
         ("noverity", NAMESPACE - VERITY, OVERLAY),
         ("noverity", NAMESPACE - {Fact.FUSE_MOUNT, Fact.USER_OVERLAY}, OVERLAY),
         ("noverity", NAMESPACE - BEFORE_6_16, FUSE),
         ("noverity", NAMESPACE - BEFORE_5_11, FUSE),
-        ("noverity", ALL - {Fact.MOUNT}, FUSE),
+        ("noverity", ALL - {Fact.EROFS, Fact.MOUNT}, FUSE),
         ("noverity", ORDINARY, FUSE),
         *(
             row
@@ -116,7 +116,7 @@ def test_the_backend_is(options: str, has: frozenset[Fact], backend: Backend) ->
         ("backend=kernel", ROOT_WITHOUT_VERITY, [(KERNEL, Fact.OVERLAY_VERITY)]),
         ("backend=kernel", ALL - {Fact.OBJECTS_VERITY}, [(KERNEL, Fact.OBJECTS_VERITY)]),
         ("backend=kernel,verity", ALL - {Fact.OBJECTS_VERITY}, [(KERNEL, Fact.OBJECTS_VERITY)]),
-        ("backend=kernel,noverity", ORDINARY, [(KERNEL, Fact.MOUNT)]),
+        ("backend=kernel,noverity", ORDINARY, [(KERNEL, Fact.EROFS)]),
         ("backend=kernel,noverity", NAMESPACE, [(KERNEL, Fact.KERNEL_VIEW)]),
         ("backend=kernel,noverity,uid=1", ALL, [(KERNEL, UID)]),
         ("backend=kernel,noverity,gid=1", ALL, [(KERNEL, GID)]),
@@ -136,7 +136,7 @@ def test_the_backend_is(options: str, has: frozenset[Fact], backend: Backend) ->
         (f"backend=fuse,{LAYERS}", ALL - BEFORE_5_11, [(FUSE, Fact.USER_OVERLAY)]),
         (f"backend=fuse,{LAYERS},noallow_other", ALL, [(FUSE, PRIVATE)]),
         # Nothing is possible: each says why, in one line.
-        ("", frozenset(), [(KERNEL, Fact.MOUNT), (OVERLAY, Fact.FUSE), (FUSE, Fact.FUSE)]),
+        ("", frozenset(), [(KERNEL, Fact.EROFS), (OVERLAY, Fact.FUSE), (FUSE, Fact.FUSE)]),
         (
             "",
             ROOT_WITHOUT_VERITY - {Fact.FUSE},
@@ -147,7 +147,7 @@ def test_the_backend_is(options: str, has: frozenset[Fact], backend: Backend) ->
             ROOT_WITHOUT_VERITY - BEFORE_5_11,
             [(KERNEL, Fact.OVERLAY_VERITY), (OVERLAY, Fact.OVERLAY_VERITY), (FUSE, Fact.USER_OVERLAY)],
         ),
-        (LAYERS, ORDINARY, [(KERNEL, Fact.MOUNT), (OVERLAY, Fact.MOUNT), (FUSE, Fact.MOUNT)]),
+        (LAYERS, ORDINARY, [(KERNEL, Fact.EROFS), (OVERLAY, Fact.MOUNT), (FUSE, Fact.MOUNT)]),
         (
             "idmap=/ns",
             ALL - {Fact.OBJECTS_VERITY},
@@ -186,8 +186,8 @@ def test_in_the_foreground_is_a_server_unless_the_kernel_is_named(
     assert choose(parse(options), Facts(has).look, foreground=True) is backend
 
 
-KERNEL_FACTS = [Fact.MOUNT, Fact.KERNEL_VIEW]
-KERNEL_VERITY_FACTS = [Fact.MOUNT, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.KERNEL_VIEW]
+KERNEL_FACTS = [Fact.EROFS, Fact.KERNEL_VIEW]
+KERNEL_VERITY_FACTS = [Fact.EROFS, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.KERNEL_VIEW]
 OVERLAY_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY_DATA]
 OVERLAY_VERITY_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.USER_OVERLAY_DATA]
 FUSE_FACTS = [Fact.FUSE, Fact.FUSE_MOUNT]
@@ -199,12 +199,12 @@ WRITABLE_FUSE_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY]
     [
         ("noverity", ALL, KERNEL_FACTS),
         ("noverity", NAMESPACE, [*KERNEL_FACTS, *OVERLAY_FACTS]),
-        ("noverity", ORDINARY, [Fact.MOUNT, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
+        ("noverity", ORDINARY, [Fact.EROFS, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
         ("", ALL, KERNEL_VERITY_FACTS),
         ("", NAMESPACE, [*KERNEL_VERITY_FACTS, *OVERLAY_VERITY_FACTS]),
         ("", ROOT_WITHOUT_VERITY, [*KERNEL_VERITY_FACTS[:2], *OVERLAY_VERITY_FACTS[:3], *FUSE_FACTS]),
         ("", ALL - {Fact.OBJECTS_VERITY}, [*KERNEL_VERITY_FACTS[:3], *OVERLAY_VERITY_FACTS[:4], *FUSE_FACTS]),
-        ("", ORDINARY, [Fact.MOUNT, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
+        ("", ORDINARY, [Fact.EROFS, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
         ("uid=1", ROOT_WITHOUT_VERITY, [*OVERLAY_VERITY_FACTS[:3], *FUSE_FACTS]),
         ("noallow_other", ALL, FUSE_FACTS),
         ("backend=fuse", ALL, FUSE_FACTS),
@@ -222,17 +222,27 @@ def test_no_more_is_looked_at_than_needed_and_the_cheap_first(
     assert facts.seen == seen
 
 
+def test_what_follows_from_another_problem_is_not_told() -> None:
+    def look(fact: Fact) -> str | None:
+        return {Fact.EROFS: "no EROFS", Fact.KERNEL_VIEW: f"{UNTRIED}EROFS"}.get(fact)
+
+    verdicts = {verdict.backend: verdict.problems for verdict in judge(parse("noverity"), look)}
+    assert verdicts == {KERNEL: ["no EROFS"], OVERLAY: [], FUSE: []}
+    lone = next(judge(parse("noverity"), {Fact.KERNEL_VIEW: f"{UNTRIED}EROFS"}.get))
+    assert lone.problems == [f"{UNTRIED}EROFS"]
+
+
 @pytest.mark.parametrize(
     ("options", "seen"),
     [
-        ("backend=kernel", [Fact.MOUNT]),
+        ("backend=kernel", [Fact.EROFS]),
         ("backend=kernel,uid=1", []),
         ("backend=overlay", [Fact.FUSE]),
         ("backend=overlay,idmap=/ns", []),
         (f"backend=fuse,{LAYERS}", [Fact.FUSE]),
         ("backend=fuse,idmap=/ns", []),
         ("backend=fuse", [Fact.FUSE]),
-        ("", [Fact.MOUNT, Fact.FUSE, Fact.FUSE]),
+        ("", [Fact.EROFS, Fact.FUSE, Fact.FUSE]),
     ],
 )
 def test_the_first_thing_that_is_wrong_is_enough(options: str, seen: list[Fact]) -> None:
@@ -246,7 +256,7 @@ def needed(backend: Backend, *, verified: bool, writable: bool) -> set[Fact]:
     """Return what the table of backends says, without any order."""
     verity = VERITY if verified else set()
     return {
-        KERNEL: {Fact.MOUNT, Fact.KERNEL_VIEW} | verity,
+        KERNEL: {Fact.EROFS, Fact.KERNEL_VIEW} | verity,
         OVERLAY: {Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY_DATA} | verity,
         FUSE: {Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY} if writable else {Fact.FUSE, Fact.FUSE_MOUNT},
     }[backend]

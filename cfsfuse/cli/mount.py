@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from cfsfuse.cli import common
 from cfsfuse.cli.doctor import explanation
 from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.ladder import mount
@@ -85,5 +86,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explain(verdicts: list[Verdict], chosen: Backend | None) -> None:
-    for line in explanation(verdicts, chosen):
-        print(line, flush=True)  # a daemon would have what is not written yet as well
+    with common.output():  # flushed in the end: a daemon would have what is not written yet as well
+        print(*explanation(verdicts, chosen), sep="\n")

@@ -110,8 +110,11 @@ def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoRet
 def log_to(path: str | None, *, foreground: bool) -> None:
     """Send the log to the file `path`; without one to standard error in the foreground, else to the system's log.
 
-    Where no system log listens, a file in the user's log directory takes it.
+    Where no system log listens, a file in the user's log directory takes it; where that cannot be, a word on standard
+    error says so, and nothing keeps the log.
     """
+    is_named = path is not None
+    unwritable = None
     handler: logging.Handler
     style = "%(asctime)s %(levelname)s %(message)s"
     if path is None and foreground:
@@ -129,5 +132,10 @@ def log_to(path: str | None, *, foreground: bool) -> None:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise HostError(f"{path}: cannot write the log: {error.strerror}; name another file with -o log=") from None
+            unwritable = f"{path}: cannot write the log: {error.strerror}; name another file with -o log="
+            if is_named:
+                raise HostError(unwritable) from None
+            handler = logging.StreamHandler()  # which a daemon closes when it is ready: so much for that
     logging.basicConfig(level=logging.INFO, handlers=[handler], format=style)
+    if unwritable is not None:
+        log.warning("%s", unwritable)

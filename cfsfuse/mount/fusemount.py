@@ -67,7 +67,10 @@ def check_device() -> None:
     try:
         os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        raise HostError(f"{DEVICE}: not there; load the kernel's module: modprobe fuse") from None
+        raise HostError(
+            f"{DEVICE}: not there; load the kernel's module (modprobe fuse), or let this container have it, "
+            "or do without: cfsfuse extract"
+        ) from None
     except PermissionError:
         raise HostError(
             f"{DEVICE}: permission denied; the administrator has to make it usable: chmod 666 {DEVICE}"

@@ -90,6 +90,12 @@ def _open(path: str) -> int:
         raise ImageError("image", f"cannot be opened: {error.strerror}") from None
 
 
+def check_user_namespace(path: str) -> None:
+    """Raise UsageError when `path` is no user namespace."""
+    with _user_namespace(path):
+        pass
+
+
 @contextlib.contextmanager
 def _user_namespace(path: str) -> Iterator[int]:
     try:

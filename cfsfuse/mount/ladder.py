@@ -38,6 +38,8 @@ def mount(
     not_ours = daemon.open_descriptors()
     if not options.basedir:
         raise UsageError("no base directory: name the object store with -o basedir=")
+    if options.idmap is not None:
+        kernel.check_user_namespace(options.idmap)
     reader = reader_of(image, options.digest)
     look = Host(reader, options.basedir).look
     foreground = serving is Serving.FOREGROUND

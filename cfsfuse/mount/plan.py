@@ -31,6 +31,7 @@ class Backend(Enum):
 class Fact(Enum):
     """What a host may have, and how people call it."""
 
+    EROFS = "EROFS mounts"
     MOUNT = "mounts without a helper"
     KERNEL_VIEW = "kernel mounts of composefs images"
     USER_OVERLAY = "overlayfs with user.* xattrs"
@@ -40,6 +41,10 @@ class Fact(Enum):
     FUSE = "/dev/fuse"
     FUSE_MOUNT = "FUSE mounts"
     NAMESPACES = "namespaces, for cfsfuse run"
+
+
+UNTRIED = "cannot be tried without "
+"""How a problem begins that is none by itself, but follows from that of another fact."""
 
 
 class Verdict(NamedTuple):
@@ -90,9 +95,12 @@ def _problems(
         yield f"session={PYFUSE3} is not for it"
     if backend is Backend.KERNEL and foreground and options.backend == AUTO:
         yield "--foreground is for a server, which it has not"
+    is_one_told = False
     for fact in _needs(backend, options):
         problem = look(fact)
-        if problem is not None:
+        # What follows from a problem that is told needs no word of its own.
+        if problem is not None and not (is_one_told and problem.startswith(UNTRIED)):
+            is_one_told = True
             yield problem
 
 
@@ -106,9 +114,11 @@ def is_stacked(backend: Backend, options: MountOptions) -> bool:
 
 def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
     """Yield the facts that a backend needs, in the order of what it costs to look at them."""
-    if backend is not Backend.KERNEL:
+    if backend is Backend.KERNEL:
+        yield Fact.EROFS
+    else:
         yield Fact.FUSE
-    yield Fact.MOUNT if is_stacked(backend, options) else Fact.FUSE_MOUNT
+        yield Fact.MOUNT if is_stacked(backend, options) else Fact.FUSE_MOUNT
     if backend is Backend.FUSE:
         if options.upperdir is not None:
             yield Fact.USER_OVERLAY

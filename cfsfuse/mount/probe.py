@@ -5,6 +5,7 @@ What a try changes, it changes in a child process with a mount namespace of its 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -20,7 +21,7 @@ from cfsfuse.mount import kernel, namespaces, overlayfs, syscalls
 from cfsfuse.mount.fusemount import check_device
 from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
-from cfsfuse.mount.plan import Fact
+from cfsfuse.mount.plan import UNTRIED, Fact
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.objects import Verification
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
@@ -68,15 +69,19 @@ class Host:
         """Return why the kernel would not verify an object, going by some of the image's."""
         if self._reader is None:
             return NOT_LOOKED_AT
-        directories = BaseDirectories(self._basedir)
-        try:
+        unknown, is_one_good = None, False
+        with contextlib.closing(BaseDirectories(self._basedir)) as directories:
             for node in _sample(_with_digest(self._reader())):
-                problem = _object_problem(directories, node)
+                try:
+                    descriptor = directories.open(node.path or b"")
+                except ObjectError as error:
+                    unknown = f"{error}; so nothing is known of fs-verity in the store"
+                    continue
+                problem = _object_problem(descriptor.fd, node)
                 if problem is not None:
                     return problem
-        finally:
-            directories.close()
-        return None
+                is_one_good = True
+        return None if is_one_good else unknown
 
 
 def _with_digest(reader: Reader) -> Iterator[External]:
@@ -93,15 +98,11 @@ def _sample(nodes: Iterable[External]) -> Iterator[External]:
             yield node
 
 
-def _object_problem(directories: BaseDirectories, node: External) -> str | None:
+def _object_problem(fd: int, node: External) -> str | None:
     path = os.fsdecode(node.path or b"")
-    try:
-        descriptor = directories.open(node.path or b"")
-    except ObjectError:
-        return None  # missing or unreadable for every backend
-    known = measure(descriptor.fd)
+    known = measure(fd)
     if known is None:
-        return f"object {path} has no fs-verity: {_REMEDIES[absence(descriptor.fd)]}"
+        return f"object {path} has no fs-verity: {_REMEDIES[absence(fd)]}"
     if node.digest is None or known.value != node.digest.value:
         return f"object {path} has another fs-verity digest than the image records"
     return None
@@ -109,7 +110,8 @@ def _object_problem(directories: BaseDirectories, node: External) -> str | None:
 
 _REMEDIES = {
     Absence.FILE: "enable it with fsverity(1), or fill the store anew with cfsfuse mk",
-    Absence.FILE_SYSTEM: "its file system, or this kernel, has none; on ext4, tune2fs -O verity enables it",
+    Absence.FILE_SYSTEM: "its file system, or this kernel, has none; on ext4, tune2fs -O verity enables it for objects "
+    "that are stored anew",
 }
 
 
@@ -120,7 +122,7 @@ def _mount() -> str | None:
         with Context("tmpfs") as context:
             os.close(context.mount(syscalls.ATTR_RDONLY))
     except OSError as error:
-        return f"this container forbids mounting: {error.strerror}"
+        return f"this container forbids mounting: {error.strerror}; in namespaces of its own cfsfuse run may do it"
     return None
 
 
@@ -133,6 +135,8 @@ def _overlay_verity() -> str | None:
     except OSError as error:
         if error.errno == errno.ENODEV:
             return "this kernel has no overlayfs: modprobe overlay"
+        if error.errno == errno.EPERM:
+            return UNTRIED + Fact.MOUNT.value
         return overlayfs.NO_VERITY if error.errno == errno.EINVAL else f"overlayfs: {error.strerror}"
     return None
 
@@ -154,6 +158,8 @@ def _user_overlay_data() -> str | None:
 
 
 def _try_user_overlay(look: Callable[[int], None], needs: str) -> str | None:
+    if _mount() is not None:
+        return UNTRIED + Fact.MOUNT.value
     try:
         with Context("tmpfs") as context, closing(context.mount(0)) as scratch:
             lower, data = (_made_directory(name, scratch) for name in ("lower", "data"))
@@ -188,7 +194,7 @@ def _kernel_view() -> str | None:
     """Let the kernel show a tree with one file, and read that."""
     problem = _erofs()
     if problem is not None:
-        return problem
+        return UNTRIED + Fact.EROFS.value
     with tempfile.TemporaryDirectory(prefix="cfsfuse-probe-") as directory:
         image, objects, mountpoint = (os.path.join(directory, name) for name in ("image", "objects", "mnt"))
         os.makedirs(os.path.join(objects, "aa"))
@@ -274,6 +280,7 @@ def _namespaces() -> str | None:
 
 
 _TRIES = {
+    Fact.EROFS: _erofs,
     Fact.MOUNT: _mount,
     Fact.KERNEL_VIEW: _kernel_view,
     Fact.USER_OVERLAY: _user_overlay,
