@@ -230,9 +230,13 @@ def _tree() -> Entry:
 def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
     syscalls.unshare_mounts()
     kernel.mount(image, mountpoint, MountOptions(basedir=(objects,), verification=Verification.OFF))
-    with open(os.path.join(mountpoint, "file"), "rb") as file:
-        if file.read() != _CONTENT:
-            raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
+    try:
+        with open(os.path.join(mountpoint, "file"), "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise HostError(f"this kernel's overlayfs does not follow a redirect: {error.strerror}") from None
+    if content != _CONTENT:
+        raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
 
 
 def _in_child(run: Callable[[], None]) -> str | None:
