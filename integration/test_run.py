@@ -31,6 +31,7 @@ from integration.mounts import (
     digest_of,
     eventually,
     flip,
+    mount_in_private_namespace,
     noise,
     require,
     running,
@@ -506,12 +507,20 @@ def test_where_the_command_starts(ours: Place) -> None:
 TRAPPING = 'trap "echo caught; exit 9" HUP INT QUIT USR1 USR2 TERM; echo ready; while :; do sleep 0.05; done'
 
 
+def state(pid: int) -> str:
+    """Return the letter for what a process does, proc(5)."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
 def first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT]
+)
 def test_signals_reach_the_command(ours: Place, number: int) -> None:
     with running(ours.start("--root", "--", "sh", "-c", TRAPPING)) as process:
         assert first_line(process) == "ready\n"
@@ -552,6 +561,17 @@ def test_the_command_gets_the_signals_of_its_terminal(ours: Place, key: bytes) -
     assert "status 9\r\n" in seen
 
 
+def test_a_command_in_another_process_group_gets_what_is_typed_from_us(ours: Place) -> None:
+    command = ours.words("--at", ours.stage.mountpoint, "--", require("setsid"), "sh", "-c", TRAPPING)
+    seen = ""
+    for said, write in on_a_terminal(ours, '"$@"; echo "status $?"', *command):
+        seen += said
+        if "ready" in said:
+            write(b"\x03")
+    assert seen.count("caught") == 1
+    assert "status 9\r\n" in seen
+
+
 def test_job_control(ours: Place) -> None:
     """Stopped and continued as any job is, with the server going on meanwhile."""
     script = "echo ready; sleep 1; cat /etc/greeting"
@@ -568,20 +588,16 @@ def test_job_control(ours: Place) -> None:
 MOMENTS = [0.12, 0.18, 0.25]  # seconds after its start: a mount takes about that
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGKILL])
 def test_an_end_at_any_moment_leaves_nothing(ours: Place, number: int) -> None:
     for moment in MOMENTS:
         with running(ours.start("--root", "--writable", "--", "sleep", "60")) as process:
             time.sleep(moment)
             process.send_signal(number)
-            if number == signal.SIGINT:  # once the command is there, that is for the terminal to send
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.3)
-                process.terminate()
             said = process.communicate(timeout=20)[1]
             # Before the interpreter listens a signal has its own effect, of which a shell makes the same number.
             status = process.returncode if process.returncode >= 0 else 128 - process.returncode
-            assert status in {128 + number, 128 + signal.SIGTERM if number == signal.SIGINT else 128 + number}
+            assert status == 128 + number
             assert "Traceback" not in said or number == signal.SIGINT  # the interpreter's own, while it starts
         eventually(ours.stage.is_clean, f"an end after {moment} s")
         ours.check_clean()
@@ -606,6 +622,97 @@ def test_what_the_command_leaves_running_ends_with_it(place: Place) -> None:
     script = "(trap '' HUP TERM; sleep 300 & sleep 300) >/dev/null 2>&1 & echo left; exit 5"
     done = place.run("--root", "--", "sh", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (5, "left\n", "")
+
+
+def words_of(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+        return file.read().rstrip("\0").replace("\0", " ")
+
+
+def worker(process: subprocess.Popen[str]) -> int:
+    """Return the pid of the process that mounts."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as file:
+        found = [int(word) for word in file.read().split()]
+    return next(pid for pid in found if os.path.realpath(f"/proc/{pid}/exe") == os.path.realpath(sys.executable))
+
+
+def test_when_the_process_that_mounts_is_killed_all_ends(place: Place) -> None:
+    """And nothing else: neither what the caller has started before, nor what that leaves."""
+    require("unshare")
+    command = place.words(
+        "--at", place.stage.mountpoint, "--", "sh", "-c", "(sleep 300 & sleep 300) & echo ready; wait"
+    )
+    script = 'unshare -Urm sleep 301 & (until test -e ready; do sleep 0.05; done; sleep 302 &) & exec "$@"'
+    with running(place.stage.start("sh", "-c", script, "sh", *command)) as process:
+        assert first_line(process) == "ready\n"
+        place.stage.directory("ready")  # by now, orphans are adopted
+        eventually(lambda: "sleep 302" in map(words_of, place.stage.processes()), "an orphan of the caller's")
+        os.kill(worker(process), signal.SIGKILL)
+        assert process.wait(20) == 128 + signal.SIGKILL
+        left = place.stage.processes()
+        assert sorted(map(words_of, left)) == ["sleep 301", "sleep 302"]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+
+
+STUCK = """
+import os, signal, sys
+from cfsfuse.vfs import Vfs
+
+def stuck(self, nid):
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+Vfs.readlink = stuck
+from cfsfuse.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--writable",)], ids=["fuse", "writable"])
+def test_a_command_that_hangs_in_its_server_can_be_ended(place: Place, words: tuple[str, ...]) -> None:
+    """Nothing else ends a process that waits for the answer to a request than that of who has taken it."""
+    script = 'echo ready; cat "$0"'
+    command = place.words("--at", place.stage.mountpoint, *words, "--", "sh", "-c", script, place.stage.at("dangling"))
+    with running(place.stage.start(sys.executable, "-c", STUCK, *command[1:])) as process:
+        assert first_line(process) == "ready\n"
+        eventually(lambda: "T" in map(state, place.stage.processes()), "a server that stops")
+        process.terminate()
+        assert process.communicate(timeout=8) == ("", "")
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_what_ends_before_the_command_is_no_zombie(ours: Place) -> None:
+    script = 'for i in 1 2 3; do (sleep 0.1 &); done; sleep 0.4; grep -h ") Z $PPID " /proc/[0-9]*/stat; echo done'
+    assert ours.run("--root", "--", "sh", "-c", script).stdout == "done\n"
+
+
+def test_what_the_command_unmounts_itself(place: Place) -> None:
+    script = 'umount -l "$TMPDIR"/cfsfuse-run-* && umount -l "$0"; exit 7'
+    done = place.run("--at", place.stage.mountpoint, "--writable", "--", "sh", "-c", script, place.stage.mountpoint)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
+@pytest.mark.parametrize("words", [("--at", "{mnt}"), ("--root", "--bind", "{path}:{path}", "--tmpfs", "/tmp")])
+def test_what_the_host_unmounts_is_not_kept_busy(place: Place, words: tuple[str, ...]) -> None:
+    """And nothing that is mounted for the command is seen by the host, which shares its mounts."""
+    path = place.stage.path
+    device = place.stage.directory("device")
+    given = [word.format(mnt=place.stage.mountpoint, path=path) for word in words]
+    inner = f"""
+        cd /; touch {path}/ready
+        for _ in $(seq 100); do grep -q " {device} " /proc/self/mountinfo || exit 0; sleep 0.05; done; exit 96
+    """
+    host = """
+        mount --make-rshared / && mount -t tmpfs none "$1" || exit 99
+        path=$0 device=$1; shift
+        "$@" & until test -e "$path/ready"; do sleep 0.05; kill -0 $! || exit 98; done
+        test $(grep -c " $path/" /proc/self/mountinfo) = 1 || { kill $!; exit 97; }
+        umount "$device"; wait $!
+    """
+    wrapper = [*mount_in_private_namespace(), "sh", "-c", host, path, device]
+    done = place.stage.run(*place.words(*given, "--", "sh", "-c", inner), wrapper=wrapper)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # Several, and inside of others ----------------------------------------------------------------------------------------
@@ -661,7 +768,7 @@ def test_places_that_are_none(ours: Place) -> None:
     path = ours.stage.path
     ours.fails(USAGE, "/none: mountpoint: No such file or directory; create.*", "--at", "/none", "--", "true")
     ours.fails(USAGE, ".*: mountpoint is not a directory", "--at", ours.tree.image, "--", "true")
-    for name in ("/", "/proc", "/dev", "/proc/../dev"):
+    for name in ("/", "/proc", "/dev", "/proc/../dev", "/proc/sys"):
         said = f"--at {os.path.normpath(name)}: would hide what the mount itself needs: .*"
         ours.fails(USAGE, said, "--at", name, "--", "true")
     assert sorted(os.listdir(path)) == ["cache", "mnt", "store", "tmp"]

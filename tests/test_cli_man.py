@@ -29,6 +29,12 @@ def test_each_verb_and_option_is_in_a_page() -> None:
                 assert action.help == argparse.SUPPRESS or word in page
 
 
+def test_operands_that_may_be_several_are_shown_so() -> None:
+    for name, operand in (("run", "COMMAND"), ("ls", "IMAGE")):
+        assert f"\\fI{operand}\\fR\\&...\n" in PAGES[f"cfsfuse-{name}.1"]
+    assert "\\fIIMAGE\\fR\n" in PAGES["cfsfuse-run.1"]
+
+
 def test_mount_options_and_exit_codes_are_in_the_pages() -> None:
     for page in (PAGES["cfsfuse-mount.1"], PAGES["mount.cfsfuse.8"]):
         assert all(f"\\fB{option}" in page for option in ("basedir=", "digest=", "verity", "noverity", "allow_other"))

@@ -18,7 +18,7 @@ PACKAGE = os.path.join(ROOT, "cfsfuse")
 # A module may import what stands above it here, and others of its own line.
 LAYERS = [
     {"errors"},
-    {"lru", "atomic", "beneath", "collector", "pace", "fstype", "privilege"},
+    {"lru", "atomic", "beneath", "collector", "pace", "fstype", "privilege", "processes"},
     {"tree", "erofs", "verity"},
     {"dump", "dumpparser", "imagefile"},
     {"basedirs", "trees", "objects"},
@@ -141,6 +141,7 @@ def test_only_the_command_line_prints_and_exits() -> None:
         "cfsfuse.cli.mount",
         "cfsfuse.cli.mount_helper",
         "cfsfuse.cli.mk",
+        "cfsfuse.cli.run",
         "cfsfuse.cli.compare",
         "cfsfuse.cli.doctor",
         "cfsfuse.cli.bench",

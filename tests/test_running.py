@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.mount import namespaces, running, syscalls
+from cfsfuse.mount import job, namespaces, running, syscalls, tree_root
+from cfsfuse.mount.job import Server
 from cfsfuse.mount.options import MountOptions, parse
-from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Bind, Layout
+from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Layout
+from cfsfuse.mount.tree_root import Bind
 from tests.cli_support import fails, run
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class Asked:
         self.options = MountOptions()
         self.layout = HERE
         self.command: Sequence[str] = ()
-        monkeypatch.setattr(running, "apart", lambda: None)
+        monkeypatch.setattr(job, "apart", lambda: None)
         monkeypatch.setattr(running, "run", self._take)
 
     def _take(
@@ -176,6 +178,7 @@ def test_a_command_is_needed(asked: Asked) -> None:
         ("", Layout(at="/"), "--at /: would hide what the mount itself needs"),
         ("", Layout(at="/dev"), "--at /dev: would hide what the mount itself needs"),
         ("", Layout(at="/tmp/../proc"), "--at /tmp/../proc: would hide what the mount itself needs"),
+        ("", Layout(at="/proc/self/fd"), "--at /proc/self/fd: would hide what the mount itself needs"),
     ],
 )
 def test_contradictions_are_told_before_anything_is_done(
@@ -211,7 +214,8 @@ def test_namespaces_that_cannot_be_made(number: int, said: str, monkeypatch: pyt
 def outcome(*command: str, layout: Layout = HERE) -> tuple[int, list[str]]:
     """Run a command without any tree; return its status, and the warnings."""
     warnings: list[str] = []
-    return running._run(command, None, layout, warnings.append), warnings
+    with job.ended_by_signals():
+        return running._run(command, None, layout, warnings.append), warnings
 
 
 @pytest.mark.parametrize(
@@ -265,20 +269,59 @@ def test_no_signal_is_lost_between_fork_and_exec(monkeypatch: pytest.MonkeyPatch
         return pid
 
     monkeypatch.setattr(os, "fork", fork_and_be_hit)
-    with running._signals_for_the_command():
-        pid = running._fork_with_default_signals([signal.SIGUSR1])
+    with job.ended_by_signals(), job.Signals() as signals:
+        pid = signals.fork()
         if pid == 0:
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGUSR1
+        assert os.waitstatus_to_exitcode(signals.attend(pid)) == -signal.SIGUSR1
 
 
-def test_a_signal_that_comes_early_waits_for_the_command() -> None:
-    with running._signals_for_the_command() as forward_to:
-        signal.raise_signal(signal.SIGUSR2)
-        with subprocess.Popen(["sleep", "60"]) as process:
-            forward_to(process.pid)
-        assert process.returncode == -signal.SIGUSR2
-    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+def waiting(signals: job.Signals, *defaults: int) -> int:
+    """Return the pid of a child that waits for a signal."""
+    pid = signals.fork()
+    if pid == 0:
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pause()
+        os._exit(99)
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT])
+def test_a_signal_that_comes_early_waits_for_the_command(number: int) -> None:
+    """One that is sent, and not typed, is passed on whatever its number."""
+    before = signal.getsignal(number)
+    with job.Signals() as signals:
+        signal.raise_signal(number)
+        assert os.waitstatus_to_exitcode(signals.attend(waiting(signals))) == -number
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_the_caller_ignores_is_not_passed_on() -> None:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        with job.Signals() as signals:
+            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR1)
+            assert os.waitstatus_to_exitcode(signals.attend(waiting(signals, signal.SIGUSR2))) == -signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_signal_that_comes_too_late_does_not_interrupt_the_clearing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it change the status."""
+    attend = job.Signals.attend
+
+    def attend_and_be_hit(signals: job.Signals, pid: int) -> int:
+        status = attend(signals, pid)
+        signal.raise_signal(signal.SIGTERM)
+        return status
+
+    monkeypatch.setattr(job.Signals, "attend", attend_and_be_hit)
+    with job.ended_by_signals():
+        assert running._run(["sh", "-c", "exit 3"], None, HERE, print) == 3
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # The processes around it ----------------------------------------------------------------------------------------------
@@ -286,7 +329,7 @@ def test_a_signal_that_comes_early_waits_for_the_command() -> None:
 
 def status_of(work: Callable[[], int]) -> int:
     """Return the status of a child process that does some work."""
-    status = running.apart()
+    status = job.apart()
     if status is None:
         code = 99
         try:
@@ -308,6 +351,14 @@ def test_the_status_when_that_process_is_killed() -> None:
     assert status_of(work) == 128 + signal.SIGTERM
 
 
+def test_a_caller_that_wants_to_hear_nothing_of_its_children() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert status_of(lambda: 7) == 7
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_what_is_left_is_killed() -> None:
     """Whoever has started it, and only that."""
 
@@ -316,23 +367,56 @@ def test_what_is_left_is_killed() -> None:
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server:
             script = "(trap '' TERM; sleep 60 & sleep 60) & sleep 60 &"
             subprocess.run(["sh", "-c", script], check=True, stdout=subprocess.DEVNULL)
-            count = len(running._children())
-            running._end_what_is_left([server.pid])
-            left = running._children()
-            return 7 if count >= 3 and left == [server.pid] and server.poll() is None else 8
+            count = len(job.children())
+            hanging = job.end_children(lambda pid: pid == server.pid, 20)
+            left = job.children()
+            return 7 if count >= 3 and not hanging and left == [server.pid] and server.poll() is None else 8
 
     assert status_of(work) == 7
 
 
-def test_a_signal_ends_it_as_an_exception_does() -> None:
-    with pytest.raises(SystemExit) as caught, running._ended_by_signals():
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_what_does_not_end_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> int:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+            monkeypatch.setattr(os, "kill", lambda *_: None)
+            return 7 if job.end_children(seconds=0.05) == [process.pid] else 8
+
+    assert status_of(work) == 7
+
+
+def test_what_ends_before_the_command_is_no_zombie() -> None:
+    def work() -> int:
+        syscalls.adopt_orphans()
+        script = 'for i in 1 2 3; do ( sleep 0.1 & ); done; sleep 0.4; grep -c ") Z $PPID " /proc/[0-9]*/stat'
+        status, _ = outcome("sh", "-c", f"{script} | grep -q ':[1-9]'")
+        return 7 if status == 1 else 8  # grep has found none
+
+    assert status_of(work) == 7
+
+
+def test_the_end_of_a_server_is_known_when_it_has_been_reaped() -> None:
+    with (
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process,
+        syscalls.closing(os.pidfd_open(process.pid)) as fd,
+    ):
+        server = Server(process.pid, fd)
+        assert not server.has_ended()
+        process.communicate()
+        assert server.has_ended()
+        server.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
+def test_a_signal_ends_it_as_an_exception_does(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught, job.ended_by_signals():
+        signal.raise_signal(number)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
 
 
 def test_a_signal_ends_a_server_that_has_no_handlers_yet_by_itself() -> None:
-    with running._ended_by_signals():
+    with job.ended_by_signals():
         pid = os.fork()
         if pid == 0:
             signal.raise_signal(signal.SIGTERM)
@@ -340,13 +424,67 @@ def test_a_signal_ends_a_server_that_has_no_handlers_yet_by_itself() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
-def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_PATIENCE", 0.05)
-    process = subprocess.Popen(["sleep", "60"])
-    running._unmount("/", [process.pid])  # nothing of ours is mounted there
-    with pytest.raises(ChildProcessError):
-        os.waitpid(process.pid, 0)
-    process.returncode = 0  # or subprocess would look for it
+@pytest.mark.parametrize(("patience", "hanging"), [(0.05, []), (60, [1])], ids=["late", "stuck"])
+def test_a_server_that_does_not_end_is_killed(
+    patience: float, hanging: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, when what has been killed hangs in it."""
+    said: list[str] = []
+    monkeypatch.setattr(running, "_PATIENCE", patience)
+    monkeypatch.setattr(job, "end_children", lambda *_: hanging)
+    with subprocess.Popen(["sleep", "60"]) as process, syscalls.closing(os.pidfd_open(process.pid)) as fd:
+        running._clear("/", [Server(process.pid, fd)], said.append)  # nothing of ours is mounted there
+        assert process.wait(20) == -signal.SIGKILL
+    assert said == [f"process {pid} does not end, although it has been killed" for pid in hanging]
+
+
+# What is written, and forgotten ---------------------------------------------------------------------------------------
+
+
+class Scratch:
+    """In place of a Context for a file system in memory."""
+
+    error: OSError | None = None
+
+    def __init__(self, _: str) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def mount(self, _: int) -> int:
+        return os.open("/", os.O_PATH)
+
+
+def test_a_failure_in_clearing_up_is_no_failure(
+    tmp_path: Path, moved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(running, "Context", Scratch)
+    monkeypatch.setattr(syscalls, "umount", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: list[str] = []
+    with running._scratch_directory(said.append) as path, running._emptied(path):
+        assert moved == [path]
+        (tmp_path / path / "left").touch()
+    assert said == [f"{path}: cannot be removed: Directory not empty"]
+
+
+def test_no_file_system_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scratch, "error", OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
+    monkeypatch.setattr(running, "Context", Scratch)
+    monkeypatch.setattr(tree_root, "Context", Scratch)
+    said = "No such device; allow it here, or use --at without --writable"
+    with pytest.raises(HostError, match=f"^no file system in memory: {said}$"), running._emptied("/nowhere"):
+        pass
+    with pytest.raises(HostError, match=r"^--tmpfs /a: No such device; use --bind with an empty directory instead$"):
+        tree_root._empty("/a")
 
 
 # Places in the tree ---------------------------------------------------------------------------------------------------
@@ -377,9 +515,9 @@ def test_places_that_are_there(tmp_path: Path, moved: list[str], sources: tuple[
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("directory")
-    running._attach(directory, f"{tmp_path}/directory")
-    running._attach(file, f"{tmp_path}/file")
-    running._attach(directory, f"{tmp_path}/link")
+    tree_root._attach(directory, f"{tmp_path}/directory")
+    tree_root._attach(file, f"{tmp_path}/file")
+    tree_root._attach(directory, f"{tmp_path}/link")
     assert moved == [f"{tmp_path}/{name}" for name in ("directory", "file", "directory")]
     for mount, name, said in (
         (file, "link", "a file cannot be shown at a directory"),
@@ -387,17 +525,17 @@ def test_places_that_are_there(tmp_path: Path, moved: list[str], sources: tuple[
         (directory, "file/below", "nothing can be mounted there: Not a directory"),
     ):
         with pytest.raises(UsageError, match=f"^{tmp_path}/{name}: {said}$"):
-            running._attach(mount, f"{tmp_path}/{name}")
+            tree_root._attach(mount, f"{tmp_path}/{name}")
     with pytest.raises(UsageError, match=r"^/tmp/\.\.: the root of the tree cannot be hidden: name a place below it$"):
-        running._attach(directory, "/tmp/..")
+        tree_root._attach(directory, "/tmp/..")
 
 
 def test_places_that_are_made(tmp_path: Path, moved: list[str], sources: tuple[int, int]) -> None:
     directory, file = sources
     (tmp_path / "dangling").symlink_to("made")
-    running._attach(directory, f"{tmp_path}/a/b/directory")
-    running._attach(file, f"{tmp_path}/a/c/file")
-    running._attach(file, f"{tmp_path}/dangling")
+    tree_root._attach(directory, f"{tmp_path}/a/b/directory")
+    tree_root._attach(file, f"{tmp_path}/a/c/file")
+    tree_root._attach(file, f"{tmp_path}/dangling")
     assert moved == [f"{tmp_path}/{name}" for name in ("a/b/directory", "a/c/file", "made")]
     assert (tmp_path / "a/b/directory").is_dir()
     assert all((tmp_path / name).is_file() for name in ("a/c/file", "made"))
@@ -412,7 +550,7 @@ def test_a_place_that_cannot_be_made(
     monkeypatch.setattr(os, "makedirs", fail)
     said = "Read-only file system; it is not in the image: --writable lets it be made"
     with pytest.raises(UsageError, match=f"^{tmp_path}/new: nothing can be mounted there: {said}$"):
-        running._attach(sources[0], f"{tmp_path}/new")
+        tree_root._attach(sources[0], f"{tmp_path}/new")
     assert moved == []
 
 
@@ -420,7 +558,9 @@ def test_a_place_for_what_is_the_hosts(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("directory")
-    found = {name: running._has_directory(f"{tmp_path}/{name}") for name in ("directory", "file", "link", "new", "a/b")}
+    found = {
+        name: tree_root._has_directory(f"{tmp_path}/{name}") for name in ("directory", "file", "link", "new", "a/b")
+    }
     assert found == {"directory": True, "file": False, "link": False, "new": True, "a/b": False}
 
 

@@ -75,7 +75,7 @@ def _verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _operand(action: argparse.Action) -> str:
-    return f"\\fI{_text(str(action.metavar))}\\fR" + ("\\&..." if action.nargs == "+" else "")
+    return f"\\fI{_text(str(action.metavar))}\\fR" + ("\\&..." if action.nargs in ("+", argparse.PARSER) else "")
 
 
 def _option(action: argparse.Action) -> str:

@@ -8,9 +8,10 @@ import sys
 
 from cfsfuse.cli.mount import add_backend, add_options, options_of
 from cfsfuse.errors import UsageError, printable
-from cfsfuse.mount import running
+from cfsfuse.mount import job, running
 from cfsfuse.mount.options import split
-from cfsfuse.mount.running import Bind, Layout
+from cfsfuse.mount.running import Layout
+from cfsfuse.mount.tree_root import Bind
 
 _EXIT_STATUS = """\
 exit status: that of COMMAND, 128 and the number of the signal that ended it; 127 when it is not found, 126 when it
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("COMMAND is empty: name a program")
     layout = _layout(arguments)
     options = options_of(arguments)
-    status = running.apart()
+    status = job.apart()
     if status is not None:
         return status
     return running.run(arguments.image, options, layout, command, _warn)

@@ -25,12 +25,15 @@ _ROOT_WITHOUT_CAPABILITY = (  # since Linux 5.12, user_namespaces(7)
 )
 
 
-def enter() -> None:
-    """Give this process mounts of its own, and the right to make some; raise HostError with what stands against it."""
+def enter(*, follow: bool = False) -> None:
+    """Give this process mounts of its own, and the right to make some; raise HostError with what stands against it.
+
+    With `follow`, those of the host come and go as they do there.
+    """
     try:
         if not has_sys_admin():
             _enter_user_namespace()
-        syscalls.unshare_mounts()
+        syscalls.unshare_mounts(follow=follow)
     except OSError as error:
         reason = "no more may be made" if error.errno == errno.ENOSPC else error.strerror
         raise HostError(f"namespaces: {reason}; {_remedy()}") from None

@@ -47,6 +47,7 @@ _MS_NOATIME = 1 << 10
 _MS_REC = 1 << 14
 _MS_SILENT = 1 << 15
 _MS_PRIVATE = 1 << 18
+_MS_SLAVE = 1 << 19
 _CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
 CLONE_NEWUSER = 0x10000000
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -197,10 +198,14 @@ def adopt_orphans() -> None:
     _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1)))
 
 
-def unshare_mounts() -> None:
-    """Give this process a mount namespace of its own, from which no mount reaches others."""
+def unshare_mounts(*, follow: bool = False) -> None:
+    """Give this process a mount namespace of its own, from which no mount reaches others.
+
+    With `follow`, what is mounted and unmounted where it comes from still is here too: a namespace that lives for long
+    would keep devices busy.
+    """
     _checked(_libc.unshare(_CLONE_NEWNS))
-    _checked(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None))
+    _checked(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | (_MS_SLAVE if follow else _MS_PRIVATE)), None))
 
 
 def umount(path: str, flags: int = 0) -> None:
