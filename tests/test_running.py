@@ -15,7 +15,7 @@ from cfsfuse.errors import HostError, UsageError
 from cfsfuse.mount import job, namespaces, running, syscalls, tree_root
 from cfsfuse.mount.job import Server
 from cfsfuse.mount.options import MountOptions, parse
-from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Layout
+from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Layout, Listener
 from cfsfuse.mount.tree_root import Bind
 from tests.cli_support import fails, run
 
@@ -48,10 +48,10 @@ class Asked:
         options: MountOptions,
         layout: Layout,
         command: Sequence[str],
-        warn: Callable[[str], None],
+        listener: Listener,
     ) -> int:
         self.image, self.options, self.layout, self.command = image, options, layout, command
-        warn("two\nlines")
+        listener.warn("two\nlines")
         return 42
 
     def by(self, *words: str) -> Layout:
@@ -186,7 +186,7 @@ def test_contradictions_are_told_before_anything_is_done(
 ) -> None:
     monkeypatch.setattr(syscalls, "adopt_orphans", None)
     with pytest.raises(UsageError, match=f"^{said}"):
-        running.run("image", parse(options), layout, ["true"], print)
+        running.run("image", parse(options), layout, ["true"], Listener(print))
 
 
 @pytest.mark.parametrize(

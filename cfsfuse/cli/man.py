@@ -6,6 +6,7 @@ The same parsers give the same bytes: there is no date in a page. Format: man(7)
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from cfsfuse.cli.main import EXIT_CODE_TEXT, make_parser
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_DEEP = " " * 10
 _ITEM = re.compile(r"  (\S.*?)  +(\S.*)")
 
 
@@ -91,11 +93,21 @@ def _item(term: str, text: str | None) -> Iterator[str]:
 
 
 def _epilog(text: str, heading: str) -> Iterator[str]:
-    """Yield an epilog: a line that ends in a colon is a heading, `  term  text` an item, anything else running text."""
-    for line in text.splitlines():
+    """Yield an epilog: a line that ends in a colon is a heading, `  term  text` an item, anything else running text.
+
+    Deeply indented lines go on with what stands above them, which may be a term alone.
+    """
+    lines = text.splitlines()
+    is_running = False
+    for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
         item = _ITEM.fullmatch(line)
-        if item:
+        was_running, is_running = is_running, False
+        if line.startswith(_DEEP):
+            yield _line(line.strip())
+        elif item:
             yield from _item(f"\\fB{_text(item[1])}\\fR", item[2])
+        elif line.startswith("  ") and following.startswith(_DEEP):
+            yield from (".TP", f"\\fB{_text(line.strip())}\\fR")
         elif line.endswith(":"):
             head, bracket, rest = line[:-1].partition(" (")
             yield f".SH {_text(head.upper())}"
@@ -103,7 +115,8 @@ def _epilog(text: str, heading: str) -> Iterator[str]:
                 yield _line(f"({rest}")
             heading = ""
         else:
-            yield from [heading] if heading else [".PP"] if line.startswith("  ") else []
+            is_running = bool(line)
+            yield from [heading] if heading else [".PP"] if line.startswith("  ") and not was_running else []
             yield _line(line.strip())
             heading = ""
 

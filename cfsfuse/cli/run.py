@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
+from cfsfuse.cli.doctor import explanation
 from cfsfuse.cli.mount import add_backend, add_options, options_of
 from cfsfuse.errors import UsageError, printable
 from cfsfuse.mount import job, running
 from cfsfuse.mount.options import split
-from cfsfuse.mount.running import Layout
+from cfsfuse.mount.running import Layout, Listener
 from cfsfuse.mount.tree_root import Bind
+
+if TYPE_CHECKING:
+    from cfsfuse.mount.plan import Backend, Verdict
 
 _EXIT_STATUS = """\
 exit status: that of COMMAND, 128 and the number of the signal that ended it; 127 when it is not found, 126 when it
@@ -30,6 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser)
     add_backend(parser)
+    parser.add_argument(
+        "--explain", action="store_true", help="say on standard error why each backend is chosen or refused"
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--at", metavar="DIR", help="let COMMAND see the tree at this existing directory")
     place.add_argument("--root", action="store_true", help="let it see the tree as /, with /proc, /dev and /sys")
@@ -74,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     status = job.apart()
     if status is not None:
         return status
-    return running.run(arguments.image, options, layout, command, _warn)
+    listener = Listener(_warn, _explain if arguments.explain else None)
+    return running.run(arguments.image, options, layout, command, listener)
 
 
 def _layout(arguments: argparse.Namespace) -> Layout:
@@ -101,6 +110,10 @@ def _absolute(path: str, option: str) -> str:
     if not path.startswith("/"):
         raise UsageError(f"{option} {path}: must be an absolute path in the tree")
     return path
+
+
+def _explain(verdicts: list[Verdict], chosen: Backend | None) -> None:
+    print(*explanation(verdicts, chosen), sep="\n", file=sys.stderr)
 
 
 def _warn(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -84,9 +85,16 @@ def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoRet
             os.dup2(null, stream)
         os.close(null)
         os.chdir("/")  # a daemon must not keep the file system busy that it was started from
-        os.write(writing, _READY)
+        try:
+            os.write(writing, _READY)
+        except BrokenPipeError:
+            raise HostError("the process that mounts has ended before the mount was usable") from None
         os.close(writing)
         announced = True
+
+    def say(text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writing, text.encode(errors="backslashreplace"))
 
     status = 1
     try:
@@ -95,13 +103,13 @@ def _child(serve: Callable[[Callable[[], None]], object], writing: int) -> NoRet
         status = 0
     except CfsError as error:
         if not announced:
-            os.write(writing, str(error).encode(errors="backslashreplace"))
+            say(str(error))
         else:
             log.error("%s", error)  # noqa: TRY400 - the message says all of it
     except BaseException as error:
         log.exception("the daemon ends")
         if not announced:
-            os.write(writing, f"unexpected error: {error!r}".encode(errors="backslashreplace"))
+            say(f"unexpected error: {error!r}")
     finally:
         logging.shutdown()
         os._exit(status)

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import os
-import resource
 import signal
 import tempfile
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cfsfuse.errors import CfsError, HostError, UsageError
 from cfsfuse.mount import job, ladder, namespaces, syscalls, tree_root
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from cfsfuse.mount.job import Server
+    from cfsfuse.mount.ladder import Tell
     from cfsfuse.mount.options import MountOptions
     from cfsfuse.mount.tree_root import Bind
 
@@ -51,15 +51,22 @@ class Layout:
     directory: str | None = None
 
 
-def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str], warn: Warn) -> int:
+class Listener(NamedTuple):
+    """Who is told what is left out, and what cannot be cleared up; and, if anybody, why a backend is chosen."""
+
+    warn: Warn
+    explain: Tell | None = None
+
+
+def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str], listener: Listener) -> int:
     """Run `command` and return its exit status; of one that a signal ends, 128 and the signal's number.
 
-    When it ends, so do the processes that it has left: the tree goes. `warn` is told of what is left out, and of what
-    cannot be cleared up. Raises a CfsError when the command cannot be started, with nothing mounted.
+    When it ends, so do the processes that it has left: the tree goes. Raises a CfsError when the command cannot be
+    started, with nothing mounted.
     """
+    warn, explain = listener
     _check(options, layout)
     syscalls.adopt_orphans()
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a server raises it
     with contextlib.ExitStack() as stack:
         stack.enter_context(job.ended_by_signals())
         has_scratch = layout.at is None or layout.writable
@@ -71,10 +78,9 @@ def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str
             options = dataclasses.replace(options, upperdir=_made(scratch, "upper"), workdir=_made(scratch, "work"))
         place = _made(scratch, "tree") if layout.at is None else layout.at
         path = os.path.realpath(place)
-        ladder.mount(image, place, options, Serving.TIED)
+        ladder.mount(image, place, options, Serving.TIED, explain)
         servers = stack.enter_context(job.servers())
         stack.callback(_clear, path, servers, warn)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         return _run(command, place if layout.at is None else None, layout, warn)
 
 
