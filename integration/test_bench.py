@@ -17,6 +17,7 @@ import pytest
 from cfsfuse.bench.run import rows
 from cfsfuse.bench.workloads import WORKLOADS, Unit
 from cfsfuse.privilege import has_sys_admin
+from integration.hanging import SCRIPT, anybody_waits
 from integration.mounts import (
     CFSFUSE,
     ORDINARY,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 DONE, USAGE, BAD, IMPOSSIBLE = 0, 2, 3, 4
 TIMEOUT = 100  # seconds for a run that takes ten on an idle machine
 KEYS = [row.key for _, row in rows(list(WORKLOADS))]
-REFUSED = "kernel backend: needs CAP_SYS_ADMIN: run as root, or in a user namespace, as cfsfuse run does"
+REFUSED = "kernel backend: only root outside of user namespaces may mount EROFS"
 
 # Mounts as it is told, and then takes the server's breath away: everything hangs that asks it anything.
 STOPPED = """
@@ -152,7 +153,7 @@ def test_the_backends_that_work_here(user: User | None, images_at: Callable[[str
             assert heads[0] == "kernel"
         else:
             assert "kernel" not in heads
-            assert re.search(r"^kernel: not measured: needs CAP_SYS_ADMIN", done.out, re.MULTILINE)
+            assert re.search(r"^kernel: not measured: only root outside of user namespaces", done.out, re.MULTILINE)
             assert done.out.count("cannot be dropped") == 1
             assert "cold," not in done.out
             assert "\nlarge file, new mount " in done.out
@@ -262,6 +263,48 @@ def test_a_peer_that_hangs_in_the_middle_of_a_row(bench: Bench) -> None:
     assert failed["fuse"] is None
     assert failed["p"] == "round 1/1, mount, p: ls of its root does not end within 3 s"
     assert [set(row["columns"]) for row in done.document["rows"]] == [{"fuse"}] * 2
+
+
+@needs_root
+def test_a_peer_whose_server_answers_nothing(bench: Bench) -> None:
+    """What has asked it cannot be killed: it ends with the server."""
+    peer = words(sys.executable, "-c", SCRIPT, "{mountpoint}")
+    done = bench.run("--backend", "fuse", "--rows", "mount", "--patience", "3", "--json", f"--peer=mute={peer}")
+    assert done.code == DONE, done.err
+    failed = {column["name"]: column["failed"] for column in done.document["columns"]}
+    assert failed == {"fuse": None, "mute": "looking at mute: ls of its root does not end within 3 s"}
+
+
+@needs_root
+def test_an_interrupt_while_a_peer_answers_nothing(bench: Bench) -> None:
+    peer = words(sys.executable, "-c", SCRIPT, "{mountpoint}")
+    with running(bench.stage.start(*bench.words("--backend", "fuse", "--rows", "mount", f"--peer=mute={peer}"))) as run:
+        eventually(lambda: anybody_waits(bench.stage.processes()), "a process that hangs")
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=TIMEOUT)
+    assert run.returncode == 128 + signal.SIGTERM
+    bench.assert_nothing_left()
+
+
+def test_words_of_a_peer_reach_no_terminal_as_they_are(bench: Bench) -> None:
+    plot = os.path.join(bench.stage.path, "plot.svg")
+    script = "import os; os.write(2, bytes((27, 93, 7, 1))); os._exit(7)"
+    command = words(sys.executable, "-c", script, "{mountpoint}")
+    done = bench.run("--backend", "fuse", "--rows", "mount", f"--peer=loud={command}", "--plot", plot)
+    assert done.code == DONE, done.err
+    said = r"its command ends with status 7: \x1b]\x07\x01"
+    assert said in done.err
+    assert not set("\x1b\x07\x01") & set(done.err + done.out)
+    assert said in "".join(ET.parse(plot).getroot().itertext())  # noqa: S314 - our own
+
+
+def test_processes_of_others_are_left_alone(bench: Bench) -> None:
+    command = bench.words("--backend", "fuse", "--rows", "mount", f"--peer=fails={words('false', '{mountpoint}')}")
+    with running(bench.stage.start("sh", "-c", 'sleep 1000 >&- 2>&- & echo $!; exec "$@"', "sh", *command)) as process:
+        out, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == DONE, err
+        os.kill(int(out.split()[0]), signal.SIGKILL)  # it lives
+    eventually(bench.stage.is_clean, "an end without leftovers")
 
 
 def test_nothing_measured_is_an_error(bench: Bench) -> None:

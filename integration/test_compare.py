@@ -17,6 +17,7 @@ import pytest
 
 from cfsfuse.mount.mountinfo import mount_at
 from integration import kernel
+from integration.hanging import anybody_waits, hanging
 from integration.holding import oracle_mount
 from integration.mounts import (
     CFSFUSE,
@@ -105,6 +106,7 @@ def test_kernel_fuse_and_image_are_equal(
     checks = ("entries", "stat", "xattrs", "names", "digest")
     pairs = (("fuse", "kernel"), ("kernel", "image"), ("fuse", "image"))
     assert all(counts[check, *pair] for check in checks for pair in pairs), counts
+    assert all(counts[check, "fuse", "kernel"] for check in ("lookup", "xattrs-absent", "access")), counts
 
 
 @needs_root
@@ -373,10 +375,12 @@ def test_named_backend_that_is_impossible() -> None:
         build(made, ENTRIES)
         done = compare(made, "--backend", "kernel")
         assert (done.returncode, done.stdout) == (IMPOSSIBLE, "")
-        assert re.fullmatch("cfsfuse: kernel backend: needs CAP_SYS_ADMIN: run as root.*\n", done.stderr)
+        assert re.fullmatch(
+            "cfsfuse: kernel backend: only root outside of user namespaces may mount EROFS\n", done.stderr
+        )
         others = compare(made)
         assert others.returncode == 0
-        assert re.search("^  kernel +not mounted: needs CAP_SYS_ADMIN", others.stdout, re.MULTILINE)
+        assert re.search("^  kernel +not mounted: only root outside of user namespaces", others.stdout, re.MULTILINE)
 
 
 # Ends -----------------------------------------------------------------------------------------------------------------
@@ -440,6 +444,64 @@ def test_mount_that_dies_is_a_clear_error(long: Stage) -> None:
     assert re.fullmatch(r"(compared .*\n)*cfsfuse: other: the mount has gone.*, so mount and compare again\n", err), err
     eventually(lambda: mount_at(long.mountpoint) is None, "the end of the dead mount")
     assert_nothing_is_left(long)
+
+
+@needs_root
+def test_mount_that_hangs_is_a_clear_error(made: Stage) -> None:
+    place = made.directory("hanging")
+    with hanging(place):
+        done = compare(made, "--backend", "fuse", "--mounted", f"mute={place}", "--patience", "1")
+        assert (done.returncode, done.stdout) == (IMPOSSIBLE, "")
+        assert re.fullmatch("cfsfuse: mute: no answer within 1 s when / was looked at: .*--patience\n", done.stderr)
+    eventually(lambda: not made.processes(), "the end of what has hung in the server")
+    assert_nothing_is_left(made)
+
+
+@needs_root
+def test_mount_that_hangs_may_be_interrupted(made: Stage) -> None:
+    place = made.directory("hanging")
+    with hanging(place), running(started(made, "--backend", "fuse", "--mounted", f"mute={place}")) as process:
+        eventually(lambda: anybody_waits(made.processes()), "a process that hangs")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+        assert (process.returncode, out, err) == (143, "", "")
+    eventually(lambda: not made.processes(), "the end of what has hung in the server")
+    assert_nothing_is_left(made)
+
+
+def test_own_server_that_stops_is_a_clear_error(long: Stage) -> None:
+    with running(started(long, "--backend", "fuse", "--check", "all", "--patience", "2")) as process:
+        eventually(lambda: any(path.endswith("/fuse") for path in long.mounts()), "a mount through FUSE")
+        time.sleep(1)
+        (server,) = [pid for pid in long.daemons() if holds_device(pid)]
+        os.kill(server, signal.SIGSTOP)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == IMPOSSIBLE
+    assert re.fullmatch(r"(compared .*\n)*cfsfuse: fuse: no answer within 2 s when /\S* was looked at: .*\n", err), err
+    assert_nothing_is_left(long)
+
+
+def holds_device(pid: int) -> bool:
+    names = os.listdir(f"/proc/{pid}/fd")
+    return any(os.path.realpath(f"/proc/{pid}/fd/{name}") == "/dev/fuse" for name in names)
+
+
+def test_processes_of_others_are_left_alone(made: Stage) -> None:
+    command = [CFSFUSE, "compare", made.image, "-o", f"basedir={made.store},noverity", "--backend", "fuse"]
+    with running(made.start("sh", "-c", 'sleep 1000 >&- 2>&- & echo $!; exec "$@"', "sh", *command)) as process:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        os.kill(int(out.split()[0]), signal.SIGKILL)  # it lives
+    eventually(lambda: not made.processes(), "the end of the other process")
+    assert_nothing_is_left(made)
+
+
+def test_any_bytes_may_name_the_image(made: Stage) -> None:
+    made.image = os.fsdecode(os.fsencode(made.path) + b"/odd\xff.cfs")
+    build(made, ENTRIES)
+    done = compare(made, "--backend", "fuse")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{made.path}/odd\\xff.cfs:\n")
 
 
 def test_reader_that_goes_leaves_nothing(made: Stage) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from cfsfuse.bench import report
 from cfsfuse.bench.columns import Column, backends, check_names, check_options, peer
-from cfsfuse.bench.failure import Failure
+from cfsfuse.bench.failure import ColumnFailed
 from cfsfuse.bench.figures import svg
 from cfsfuse.bench.inputs import BLOCK, QUICK, Extent, File, Inputs, absent_names, pick, random_offsets, spread
 from cfsfuse.bench.processes import bounded, processor_time, resident_memory
@@ -375,6 +375,14 @@ def test_the_picture_can_be_heard_and_seen_without_colour() -> None:
     assert "prefers-color-scheme: dark" in text
 
 
+def test_the_picture_is_well_formed_whatever_a_peer_says() -> None:
+    done = sample_report()
+    done.failed["loud"] = str(ColumnFailed("\x1b]0;t\x07 \udcff \ufffe\n"))
+    text = svg(done)
+    assert r"loud: given up: \x1b]0;t\x07 " in "".join(ET.fromstring(text).itertext())  # noqa: S314 - our own
+    assert r"loud: given up: \x1b]0;t\x07 " in report.table(done)
+
+
 def test_bars_are_to_scale_within_a_row() -> None:
     done = sample_report(names=["mount"])
     root = ET.fromstring(svg(done))  # noqa: S314 - our own
@@ -409,7 +417,7 @@ def missing() -> tuple[()]:
 
 
 def wrong() -> tuple[()]:
-    raise Failure("as it is")
+    raise ColumnFailed("as it is")
 
 
 def crash() -> tuple[()]:
@@ -428,7 +436,7 @@ def crash() -> tuple[()]:
 )
 def test_work_in_a_child_fails(work: Callable[[], tuple[()]], seconds: float, said: str) -> None:
     start = time.monotonic()
-    with pytest.raises(Failure, match=said):
+    with pytest.raises(ColumnFailed, match=said):
         bounded(work, seconds)
     assert time.monotonic() - start < 20
     with pytest.raises(ChildProcessError):
@@ -439,7 +447,7 @@ def test_what_a_process_uses() -> None:
     assert processor_time([os.getpid()]) == pytest.approx(time.process_time(), rel=0.1)
     assert 1 < resident_memory([os.getpid()]) < 10_000
     assert processor_time([]) == resident_memory([]) == 0
-    with pytest.raises(Failure, match="its server has ended"):
+    with pytest.raises(ColumnFailed, match="its server has ended"):
         processor_time([1 << 22])
 
 

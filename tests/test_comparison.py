@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import stat
+import time
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +19,13 @@ from cfsfuse.contract.contents import check_digest
 from cfsfuse.contract.differences import Difference
 from cfsfuse.contract.entries import Entry
 from cfsfuse.contract.image import ImageWitness
+from cfsfuse.contract.justified import between_backends
 from cfsfuse.contract.observe import ABSENT, CHUNK, NOT_TRIED, Failure
+from cfsfuse.contract.watched import watched
 from cfsfuse.errors import HostError, ImageError
 from cfsfuse.mount.options import parse
 from cfsfuse.mount.plan import Backend, Fact
-from cfsfuse.mount.temporary import offers, undisturbed
+from cfsfuse.mount.temporary import offers
 from cfsfuse.objects import Verification
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
@@ -106,7 +110,7 @@ def test_mount_that_goes_is_an_error(roots: tuple[Path, Path]) -> None:
 def test_cycle_in_the_image_is_an_error(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = compare(*roots)
     root = comparison.image.reader.root
-    monkeypatch.setattr(comparison.image, "children", lambda _: {b"d": root})
+    monkeypatch.setattr(comparison.image, "children", lambda _: iter([(b"d", root)]))
     with pytest.raises(ImageError, match="reached twice"):
         list(comparison.findings())
 
@@ -117,6 +121,113 @@ def test_paths_too_long_for_system_calls_are_counted(roots: tuple[Path, Path], m
     assert found(comparison) == set()
     assert comparison.too_long == 1
     assert list(table(comparison))[-1].endswith("1 entries and all below")
+
+
+def test_large_directory_costs_no_path_for_each_name(tmp_path: Path) -> None:
+    count, name = 5000, 200
+    deep = tmp_path.joinpath(*["n" * 200] * 5)
+    deep.mkdir(parents=True)
+    for number in range(count):
+        os.mkdir(deep / f"{number:0{name}}")
+    comparison = compare(tmp_path, checks=())
+    tracemalloc.start()
+    for _ in comparison.findings():
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert comparison.entries > count
+    assert peak < count * (3 * name), "the names twice and a bit, never the paths, which are six times as long"
+
+
+def test_checks_are_made_sparsely_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfsfuse.contract.comparison.DENSE", 10)
+    one, other = tmp_path / "one", tmp_path / "other"
+    for root in (one, other):
+        root.mkdir()
+        for number in range(90):
+            (root / f"{number:02}").touch()
+    witness = ImageWitness(reader_of(im.make(im.directory({}))), lambda _: True)
+    mounts = [Mounted(root.name, os.fsencode(root)) for root in (one, other)]
+    comparison = Comparison(witness, mounts, ["readlink", "access"], sparsely=["access"])
+    list(comparison.findings())
+    pair = Pair("other", "one")
+    assert comparison.counts["readlink", pair].entries == 91
+    assert comparison.counts["access", pair].entries == 10 + 3, "besides the first those at 29, 58 and 87"
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def test_watched_comparison_comes_to_the_same(roots: tuple[Path, Path]) -> None:
+    (roots[1] / "d" / "f").write_bytes(b"Content")
+    (roots[1] / "l").unlink()
+    checks = ["stat-open", "readlink", "digest"]
+    list(compare(*roots, checks=checks).findings())  # the first reading changes times of access, further ones do not
+    alone, told = compare(*roots, checks=checks), compare(*roots, checks=checks)
+    expected = list(alone.findings())
+    entries: list[int] = []
+    assert list(watched(told, 20, entries.append)) == expected
+    assert (told.outcome, told.are_equal) == (alone.outcome, False)
+    assert told.reasons == alone.reasons
+    assert entries[-1] == 4
+    assert list(table(told)) == list(table(alone))
+
+
+def hang(path: bytes, _: Entry) -> dict[str, object]:
+    if path.endswith(b"/other/d/f"):
+        time.sleep(60)
+    return {}
+
+
+def test_mount_that_keeps_waiting_is_an_error(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "readlink", hang)
+    start = time.monotonic()
+    with pytest.raises(HostError, match=r"^other: no answer within 0.5 s when /d/f was looked at: .*--patience$"):
+        list(watched(compare(*roots), 0.5))
+    assert 0.4 < time.monotonic() - start < 20
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def work(path: bytes, _: Entry) -> dict[str, object]:
+    end = time.process_time() + (1 if path.endswith(b"/other/d/f") else 0)
+    while time.process_time() < end:
+        pass
+    return {}
+
+
+def test_one_long_look_that_gets_on_is_no_error(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "readlink", work)
+    assert list(watched(compare(*roots), 0.5)) == []
+
+
+def die(_path: bytes, _: Entry) -> dict[str, object]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_comparison_that_is_killed_is_an_error(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "readlink", die)
+    with pytest.raises(HostError, match=r"^the comparison was killed at / of one;"):
+        list(watched(compare(*roots), 20))
+
+
+def test_errors_of_a_watched_comparison_are_its_own(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = compare(*roots)
+    root = comparison.image.reader.root
+    monkeypatch.setattr(comparison.image, "children", lambda _: iter([(b"d", root)]))
+    with pytest.raises(ImageError, match="reached twice") as caught:
+        list(watched(comparison, 20))
+    assert caught.value.field == "dirent nid"
+
+
+@pytest.mark.parametrize("values", [("EINVAL", "ENODATA"), ("ENODATA", "EINVAL")])
+def test_known_difference_between_backends_has_a_reason(values: tuple[str, str]) -> None:
+    one, other = map(Failure, values)
+    entry = Entry(b"/f", stat.S_IFREG)
+    assert between_backends("xattrs-absent", "user.overlay.", entry, one, other) is not None
+    assert between_backends("xattrs-absent", "user.overlay.x", entry, one, other) is None
+    assert between_backends("xattrs-absent", "user.overlay.", entry, one, Failure("EIO")) is None
 
 
 @pytest.mark.parametrize("check", ["modify", "open"])
@@ -241,15 +352,6 @@ def test_named_backend_that_is_impossible_is_an_error() -> None:
     assert all(each.options is None for each in offers(parse("basedir=/b"), lacking(*Fact).get))
 
 
-def test_signals_wait_until_the_block_has_run() -> None:
-    done = []
-
-    def work() -> None:
-        with undisturbed():
-            signal.raise_signal(signal.SIGINT)
-            done.append("all of it")
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert done == ["all of it"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_nothing_else_is_the_reason_where_more_than_verification_is_lacking() -> None:
+    kernel = offers(parse("basedir=/b"), lacking(*_VERITY, Fact.KERNEL_VIEW).get)[0]
+    assert (kernel.options, kernel.problem) == (None, f"no {Fact.KERNEL_VIEW.value}")

@@ -6,14 +6,13 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import cfsfuse
-from cfsfuse.errors import UsageError
+from cfsfuse.errors import UsageError, printable
 from cfsfuse.mount.options import parse, split
-from cfsfuse.mount.plan import Backend, choose, judge
-from cfsfuse.objects import Verification
+from cfsfuse.mount.plan import Backend
+from cfsfuse.mount.temporary import offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,19 +75,13 @@ def backends(text: str, named: Sequence[str], look: Callable[[Fact], str | None]
     What cannot verify here is measured without, as no data goes to anybody, unless `verity` is asked for. Raises
     HostError when one that was named cannot mount at all.
     """
-    options = check_options(text)
-    must_verify = options.verification is Verification.REQUIRED
-    lax = options if must_verify else replace(options, verification=Verification.OFF)
     columns = Columns([], {})
-    for (backend, problems), (_, unmovable) in zip(judge(options, look), judge(lax, look), strict=True):
-        if named and backend.value not in named:
-            continue
-        if problems and unmovable:
-            if named:
-                choose(replace(lax, backend=backend.value), look)
-            columns.left_out[backend.value] = "; ".join(unmovable)
+    for backend, options, problem in offers(check_options(text), look, named):
+        told = None if problem is None else printable(os.fsencode(problem))
+        if options is None:
+            columns.left_out[backend.value] = str(told)
         else:
-            columns.chosen.append(_ours(backend, text, log, "; ".join(problems) or None))
+            columns.chosen.append(_ours(backend, text, log, told))
     return columns
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.bench import caches
-from cfsfuse.bench.failure import Failure
-from cfsfuse.bench.mounting import mounted
+from cfsfuse.bench.failure import ColumnFailed
+from cfsfuse.bench.mounting import Place, mounted
 from cfsfuse.bench.processes import bounded, resident_memory
 from cfsfuse.bench.results import Results
 from cfsfuse.bench.workloads import WORKLOADS, Sample, Unit, check
+from cfsfuse.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cfsfuse.bench.inputs import Inputs
     from cfsfuse.bench.mounting import Mounted, Scratch
     from cfsfuse.bench.workloads import Row, Workload
+    from cfsfuse.processes import Started
 
 _LOG_LINES = 20
 
@@ -55,11 +57,13 @@ class Task(NamedTuple):
 class Run:
     """A run under way. `tell` hears of each step, `warn` of what a user should know at once.
 
+    `started` was made before anything was started, by a process that adopts orphans: what it has is ended.
     `failed` has, by name, the columns that were given up, and why: they would fail, or hang, in every row.
     """
 
     task: Task
     scratch: Scratch
+    started: Started
     tell: Callable[[Step], None]
     warn: Callable[[str], None]
     results: Results = field(default_factory=Results)
@@ -80,7 +84,7 @@ class Run:
         self.tell(step)
         try:
             figures = do(column)
-        except Failure as failure:
+        except ColumnFailed as failure:
             self.failed[column.name] = f"{step.what}: {failure}"
             self.warn(f"{column.name}: given up: {failure} ({step.what})")
         else:
@@ -90,7 +94,7 @@ class Run:
 
     def _look(self, column: Column) -> str:
         with self._mounted(column) as there:
-            bounded(lambda: check(self.task.inputs, there), self.task.patience)
+            bounded(lambda: check(self.task.inputs, there), self.task.patience, self.started.end)
         return ""
 
     def _measure(self, workload: Workload, column: Column) -> str:
@@ -114,7 +118,7 @@ class Run:
         return self._sample(workload, there)
 
     def _sample(self, workload: Workload, there: Mounted) -> Sample:
-        return Sample(*bounded(lambda: workload.run(self.task.inputs, there), self.task.patience))
+        return Sample(*bounded(lambda: workload.run(self.task.inputs, there), self.task.patience, self.started.end))
 
     def _keep(self, row: Row, column: str, sample: Sample, *, served: bool) -> str:
         title = row.titled(drops=self.task.drops)
@@ -129,12 +133,12 @@ class Run:
 
     @contextlib.contextmanager
     def _mounted(self, column: Column) -> Iterator[Mounted]:
-        mountpoint = self.scratch.mountpoint(self.task.columns.index(column))
-        words = column.words(self.task.image, self.task.basedir, mountpoint)
+        place = Place(self.scratch.mountpoint(self.task.columns.index(column)), self.started)
+        words = column.words(self.task.image, self.task.basedir, place.mountpoint)
         # No tree comes from the user's cache, and none goes there.
         environment = os.environ | column.environment | {"XDG_CACHE_HOME": self.scratch.cache}
         warn = functools.partial(self._warn_of, column)
-        with mounted(words, environment, mountpoint, self.task.patience, warn) as there:
+        with mounted(words, environment, place, self.task.patience, warn) as there:
             yield there
 
     def _warn_of(self, column: Column, text: str) -> None:
@@ -143,11 +147,11 @@ class Run:
     def _show_log(self) -> None:
         """Show what cfsfuse has complained of, and forget it: that may explain a figure, or make it worthless."""
         with contextlib.suppress(FileNotFoundError):
-            with open(self.scratch.log, encoding="utf-8", errors="replace") as file:
+            with open(self.scratch.log, encoding="utf-8", errors="surrogateescape") as file:
                 lines = [line.rstrip() for line in file if " INFO " not in line]
             os.unlink(self.scratch.log)
             for line in lines[:_LOG_LINES]:
-                self.warn(f"log: {line}")
+                self.warn(f"log: {printable(line.encode(errors='surrogateescape'))}")
 
 
 def _steps(task: Task) -> Iterator[tuple[int, str, Column]]:

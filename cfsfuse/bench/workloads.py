@@ -16,7 +16,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from cfsfuse.bench.failure import Failure
+from cfsfuse.bench.failure import ColumnFailed
 from cfsfuse.bench.inputs import BLOCK, LARGE_SIZE, absent_names, random_offsets
 from cfsfuse.bench.processes import processor_time
 
@@ -88,10 +88,10 @@ def walk(_: Inputs, there: Mounted) -> Sample:
     command = ["find", there.mountpoint, "-ls"]
     with timed(there) as sample:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, check=False)
-    said = done.stderr.decode("utf-8", "replace").splitlines()
+    said = os.fsdecode(done.stderr).split("\n")[:-1]
     wrong = [line for line in said if not line.endswith(_FORBIDDEN)]
     if wrong or (done.returncode and not said):
-        raise Failure(wrong[0] if wrong else f"find ends with status {done.returncode}")
+        raise ColumnFailed(wrong[0] if wrong else f"find ends with status {done.returncode}")
     return sample()
 
 
@@ -125,7 +125,7 @@ def look_up_absent(inputs: Inputs, there: Mounted) -> Sample:
     with timed(there) as sample:
         found = sum(os.access(name, os.F_OK) for name in names)
     if found:
-        raise Failure(f"{found} of the names that should be absent are there")
+        raise ColumnFailed(f"{found} of the names that should be absent are there")
     return sample()
 
 
@@ -137,17 +137,17 @@ def do_nothing(inputs: Inputs, there: Mounted) -> Sample:
 
 
 def check(inputs: Inputs, there: Mounted) -> tuple[()]:
-    """Raise Failure unless it is this image that is mounted there, as far as a glance tells."""
+    """Raise ColumnFailed unless it is this image that is mounted there, as far as a glance tells."""
     base = os.fsencode(there.mountpoint)
     if set(os.listdir(base)) != inputs.names:
-        raise Failure("it has mounted something else: the names in its root are not those of the image")
+        raise ColumnFailed("it has mounted something else: the names in its root are not those of the image")
     for file in [*inputs.small[:10], *_large(inputs)]:
         try:
             size = os.lstat(base + file.path).st_size
         except FileNotFoundError:
             size = None
         if size != file.size:
-            raise Failure(f"it has mounted something else: {os.fsdecode(file.path)} is not as in the image")
+            raise ColumnFailed(f"it has mounted something else: {os.fsdecode(file.path)} is not as in the image")
     return ()
 
 
@@ -221,7 +221,7 @@ def _read_files(files: Sequence[File], there: Mounted) -> Sample:
 
 def _check_total(total: int, expected: int) -> None:
     if total != expected:
-        raise Failure(f"{total} bytes read where the image has {expected}")
+        raise ColumnFailed(f"{total} bytes read where the image has {expected}")
 
 
 @contextlib.contextmanager

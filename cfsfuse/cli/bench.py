@@ -15,7 +15,6 @@ from cfsfuse.bench.columns import backends, check_names, check_options, peer
 from cfsfuse.bench.inputs import FULL, QUICK, has_recorded_tree, pick
 from cfsfuse.bench.machine import describe
 from cfsfuse.bench.mounting import scratch_directory
-from cfsfuse.bench.processes import adopting
 from cfsfuse.bench.run import Run, Task
 from cfsfuse.bench.workloads import WORKLOADS
 from cfsfuse.cli import common
@@ -26,6 +25,7 @@ from cfsfuse.mount.options import AUTO
 from cfsfuse.mount.plan import Backend
 from cfsfuse.mount.probe import Host
 from cfsfuse.objects import WHOLE_FILE_MAX, Verification
+from cfsfuse.processes import Started, adopting
 
 if TYPE_CHECKING:
     import argparse
@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_names(peers)
     _check(arguments)
     reader = reader_of(arguments.image, options.digest)
+    started = Started()
     with common.terminable(), scratch_directory() as scratch:
         columns = backends(text, named, Host(reader, options.basedir).look, scratch.log)
         drops = caches.can_drop()
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         machine = describe()
         with adopting(), _progress() as shown:
-            measured = Run(task, scratch, *shown)
+            measured = Run(task, scratch, started, *shown)
             measured.all()
     remarks = list(_remarks(task, options, reader()))
     done = report.Report(task, measured.results, measured.failed, columns.left_out, text, machine, remarks)

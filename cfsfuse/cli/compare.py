@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.cli import common
 from cfsfuse.cli.main import CHECK_FAILED, DONE
 from cfsfuse.contract.checks import CHECKS
-from cfsfuse.contract.comparison import IMAGE, Mounted
-from cfsfuse.errors import HostError, UsageError
+from cfsfuse.contract.comparison import DENSE, IMAGE, Mounted
+from cfsfuse.contract.entries import SAMPLE
+from cfsfuse.errors import HostError, UsageError, printable
 from cfsfuse.mount.options import AUTO, parse, split
 from cfsfuse.mount.plan import Backend
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.contract.comparison import Comparison
+    from cfsfuse.contract.comparison import Comparison, Finding
     from cfsfuse.contract.image import Observer
     from cfsfuse.mount.options import MountOptions
     from cfsfuse.mount.temporary import Attempt
 
 ALL = "all"
-DEFAULT = ("stat", "xattrs", "readlink", "names", "digest")
+_OF_ERRORS = ("lookup", "xattrs-absent", "access")
+DEFAULT = ("stat", "xattrs", "readlink", "names", "digest", *_OF_ERRORS)
 _NAMES = [backend.value for backend in Backend]
 _EVERY_ID = range(2**32 - 1)
 _REFRESH, _LINES = 0.1, 10.0  # seconds between two reports of the progress: on a terminal, and as lines
@@ -40,6 +42,28 @@ class _Request(NamedTuple):
     named: list[str]
     given: list[Mounted]
     checks: list[str]
+    sparsely: tuple[str, ...]
+    patience: float
+
+
+class _Shown(NamedTuple):
+    """A comparison, the mounts that take part, or do not, and the seconds for which one may keep it waiting."""
+
+    comparison: Comparison
+    attempts: list[Attempt]
+    given: list[Mounted]
+    patience: float
+
+    @contextlib.contextmanager
+    def findings(self) -> Iterator[Iterator[Finding]]:
+        """Yield what makes the comparison, with its progress on standard error; it ends with the block."""
+        from cfsfuse.contract.watched import watched
+
+        with (
+            _progress(self.comparison) as progress,
+            contextlib.closing(watched(self.comparison, self.patience, progress)) as findings,
+        ):
+            yield findings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +72,9 @@ Whether an entry is there, and of which type, is always compared. Besides that, 
 named: {", ".join(DEFAULT)}. All there are:
   {", ".join(list(CHECKS)[: len(CHECKS) // 2])},
   {", ".join(list(CHECKS)[len(CHECKS) // 2 :])}
-"digest" reads every file as a whole. "modify", "open" and "special" try in earnest what a read-only mount must refuse.
+"digest" reads every file as a whole. Errors are compared by {", ".join(_OF_ERRORS)}: unless they are named,
+at the first {DENSE} entries, and then at every {SAMPLE}th. "modify", "open" and "special" try in earnest what a
+read-only mount must refuse.
 
 The mounts are compared with the first of them, and each with the image. A backend that cannot verify here is mounted
 with noverity, unless -o verity is given: what it shows is compared with what the image records. Exits with 1 when
@@ -80,6 +106,13 @@ anything differs.
         default=[],
         help="make this check; may be given several times; all: every one",
     )
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="how long a mount may keep everything waiting before it counts as hanging, which is an error (60)",
+    )
     common.add_json(parser)
 
 
@@ -97,20 +130,21 @@ def run(arguments: argparse.Namespace) -> int:
     reader()
     sys.stdout.flush()
     with common.terminable(), contextlib.ExitStack() as stack:
+        given = [_checked(each, request.patience) for each in request.given]
         offered = offers(request.options, Host(reader, request.options.basedir).look, request.named)
         attempts = stack.enter_context(mounted(arguments.image, offered, request.named))
         taking_part = [
             Mounted(a.backend.value, os.fsencode(a.mountpoint)) for a in attempts if a.mountpoint is not None
         ]
-        taking_part += request.given
+        taking_part += given
         if not taking_part:
             raise HostError("; ".join(f"{each.backend.value} backend: {each.problem}" for each in attempts))
         with naming(arguments.image), contextlib.closing(BaseDirectories(request.options.basedir)) as directories:
             witness = ImageWitness(reader(), directories.exists, _observer(request.options))
-            comparison = Comparison(witness, taking_part, request.checks)
+            comparison = Comparison(witness, taking_part, request.checks, request.sparsely)
             with common.output():
                 write = _write_json if arguments.json else _write_text
-                write(arguments.image, comparison, attempts, request.given)
+                write(arguments.image, _Shown(comparison, attempts, given, request.patience))
     return DONE if comparison.are_equal else CHECK_FAILED
 
 
@@ -127,12 +161,16 @@ def _request(arguments: argparse.Namespace) -> _Request:
         )
     named = list(dict.fromkeys([*arguments.backend, *([] if options.backend == AUTO else [options.backend])]))
     checks = arguments.check or DEFAULT
-    return _Request(options, named, _given(arguments.mounted), [n for n in CHECKS if n in checks or ALL in checks])
+    if not 0 < arguments.patience < float("inf"):
+        raise UsageError(f"--patience {arguments.patience:g}: must be a number of seconds above 0")
+    chosen = [name for name in CHECKS if name in checks or ALL in checks]
+    return _Request(
+        options, named, _given(arguments.mounted), chosen, () if arguments.check else _OF_ERRORS, arguments.patience
+    )
 
 
 def _given(words: list[str]) -> list[Mounted]:
-    from cfsfuse.contract.entries import require_read_only
-
+    """Return the mounts that are named; nobody has looked at them yet."""
     given: list[Mounted] = []
     for word in words:
         name, equals, path = word.partition("=")
@@ -140,12 +178,27 @@ def _given(words: list[str]) -> list[Mounted]:
             raise UsageError(f"--mounted {word}: give it a name and a directory, as NAME=DIR")
         if name in (IMAGE, *_NAMES, *(each.name for each in given)):
             raise UsageError(f"--mounted {word}: the name {name} is taken; choose another")
-        root = os.fsencode(os.path.realpath(path))
+        given.append(Mounted(name, os.fsencode(path)))
+    return given
+
+
+def _checked(given: Mounted, patience: float) -> Mounted:
+    """Return a mount by its real path, if that is a read-only one; a child looks, for the mount may hang."""
+    from cfsfuse.contract.entries import require_read_only
+    from cfsfuse.contract.watched import unanswered
+    from cfsfuse.processes import Overdue, bounded
+
+    def look() -> Mounted:
+        root = os.path.realpath(given.root)
         require_read_only(root)
         if not os.path.isdir(root):
-            raise UsageError(f"--mounted {word}: not a directory")
-        given.append(Mounted(name, root))
-    return given
+            raise UsageError(f"--mounted {given.name}={os.fsdecode(given.root)}: not a directory")
+        return Mounted(given.name, root)
+
+    try:
+        return bounded(look, patience)
+    except Overdue:
+        raise unanswered(given.name, b"", patience) from None
 
 
 def _observer(options: MountOptions) -> Observer:
@@ -179,34 +232,36 @@ def _seen(kind: str, ids: list[range], forced: int | None) -> Callable[[int], in
     return seen
 
 
-def _write_text(image: str, comparison: Comparison, attempts: list[Attempt], given: list[Mounted]) -> None:
+def _write_text(image: str, shown: _Shown) -> None:
     from cfsfuse.cli.compare_report import Bounded, mounts, table
 
-    print(f"{image}:")
-    for text in mounts(attempts, given):
+    comparison = shown.comparison
+    print(f"{printable(os.fsencode(image))}:")
+    for text in mounts(shown.attempts, shown.given):
         print(f"  {text}")
     sys.stdout.flush()
     found = Bounded()
-    with _progress(comparison) as progress:
-        found.add(comparison.findings(progress))
+    with shown.findings() as findings:
+        found.add(findings)
     print("", *table(comparison), "", *found.lines(), sep="\n")
     print("equal" if comparison.are_equal else f"{found.total} differences")
 
 
-def _write_json(image: str, comparison: Comparison, attempts: list[Attempt], given: list[Mounted]) -> None:
+def _write_json(image: str, shown: _Shown) -> None:
     """Write one document, its differences as they are found: there may be any number of them."""
     from cfsfuse.cli.compare_report import document, summary
 
+    comparison = shown.comparison
     head: dict[str, object] = {**common.json_text("image", os.fsencode(image))}
     head["mounts"] = [
         {"name": backend.value, "mounted": mountpoint is not None, "problem": problem}
-        for backend, mountpoint, problem in attempts
-    ] + [{"name": name, **common.json_text("directory", root)} for name, root in given]
+        for backend, mountpoint, problem in shown.attempts
+    ] + [{"name": name, **common.json_text("directory", root)} for name, root in shown.given]
     head["checks"] = comparison.checks
     out = sys.stdout.buffer
     out.write(json.dumps(head)[:-1].encode() + b',\n"differences": ')
-    with _progress(comparison) as progress:
-        out.writelines(common.json_list(document(finding) for finding in comparison.findings(progress)))
+    with shown.findings() as findings:
+        out.writelines(common.json_list(map(document, findings)))
     out.write(b"," + json.dumps(summary(comparison), indent=2).encode()[1:] + b"\n")
 
 

@@ -55,7 +55,7 @@ def line(finding: Finding) -> str:
 
 
 def _text(what: str, value: object) -> str:
-    if value is ABSENT:
+    if value == ABSENT:  # it may come from another process
         return "none"
     if isinstance(value, Failure):
         return value.name
@@ -72,12 +72,16 @@ def mounts(attempts: Iterable[Attempt], given: Iterable[Mounted]) -> Iterator[st
     """Yield a line for each mount: that it takes part, or why not."""
     for backend, mountpoint, problem in attempts:
         if mountpoint is None:
-            yield f"{backend.value:8} not mounted: {problem}"
+            yield f"{backend.value:8} not mounted: {_told(problem)}"
         else:
-            yield f"{backend.value:8} mounted" + (f", not verifying: {problem}" if problem else "")
+            yield f"{backend.value:8} mounted" + (f", not verifying: {_told(problem)}" if problem else "")
     for name, root in given:
         yield f"{name:8} mounted already: {printable(root)}"
     yield f"{IMAGE:8} what it says itself"
+
+
+def _told(problem: str | None) -> str:
+    return printable(os.fsencode(problem or ""))
 
 
 def table(comparison: Comparison) -> Iterator[str]:
@@ -112,7 +116,7 @@ def document(finding: Finding) -> dict[str, object]:
 
 
 def _value(key: str, value: object) -> dict[str, object]:
-    if value is ABSENT:
+    if value == ABSENT:
         return {key: None}
     if isinstance(value, Failure):
         return {key: {"errno": value.name}}

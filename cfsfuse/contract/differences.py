@@ -34,7 +34,10 @@ class Difference(NamedTuple):
 def differences(
     name: str, mount: bytes, oracle: bytes, entries: Iterable[Entry], count: Callable[[int], object] = lambda _: None
 ) -> Iterator[Difference]:
-    """Make check `name` of `entries` on both mounts and yield what differs; `count` is told how much was observed."""
+    """Make check `name` of `entries` on both mounts and yield what differs; `count` is told how much was observed.
+
+    For tests, which hold each check on its own, as another user for example; `comparison` makes all in one walk.
+    """
     check = CHECKS[name]
     for entry in entries:
         found = check(mount + entry.path, entry)

@@ -53,7 +53,7 @@ Check = Callable[[bytes, Entry], Observations]
 
 
 def walk(root: bytes) -> Iterator[Entry]:
-    """Yield every entry below `root`, itself first, without following links."""
+    """Yield every entry below `root`, itself first, without following links: what tests give to `differences`."""
     stack = [(b"", True)]
     while stack:
         path, sampled = stack.pop()

@@ -16,7 +16,7 @@ from cfsfuse.tree import External, Inline, Sparse
 from cfsfuse.verity.digest import SHA256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cfsfuse.contract.entries import Entry
     from cfsfuse.contract.observe import Observations
@@ -66,9 +66,9 @@ class ImageWitness:
         """The checks for which it has something to say."""
         return frozenset(self._tell)
 
-    def children(self, directory: Inode) -> dict[bytes, Inode]:
-        """Return what a mount shows in a directory."""
-        return {name: inode for name, inode in self.reader.entries(directory) if name not in DOTS}
+    def children(self, directory: Inode) -> Iterator[tuple[bytes, Inode]]:
+        """Yield what a mount shows in a directory."""
+        return ((name, inode) for name, inode in self.reader.entries(directory) if name not in DOTS)
 
     def measure(self, inode: Inode) -> str | None:
         """Return by which digest the content of a file is told as a whole; None where there is none to be had."""
@@ -111,14 +111,14 @@ class ImageWitness:
     def _listing(self, inode: Inode, _: Entry) -> Observations:
         return {
             f"{name!r} d_ino, d_type": (child.nid, stat.S_IFMT(child.mode) >> 12)
-            for name, child in (self.children(inode) if inode.is_directory else {}).items()
+            for name, child in (self.children(inode) if inode.is_directory else ())
         }
 
     def _names(self, inode: Inode, entry: Entry) -> Observations:
         if not inode.is_directory:
             return {}
-        children = self.children(inode)
-        numbers = {repr(name): children[name].nid if name in children else _NOT_THERE for name in entry.children}
+        children = {name: child.nid for name, child in self.children(inode)}
+        numbers = {repr(name): children.get(name, _NOT_THERE) for name in entry.children}
         return {"listed": sorted(children), **numbers}
 
     def _digest(self, inode: Inode, _: Entry) -> Observations:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.contract.observe import ABSENT, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from cfsfuse.contract.entries import Entry
 
@@ -44,6 +44,10 @@ def _of_content(entry: Entry, found: object, expected: object) -> bool:
     return entry.is_regular and isinstance(found, int) and isinstance(expected, int)
 
 
+def _is_bare(_: Entry, found: object, expected: object) -> bool:
+    return (found, expected) == (Failure("EINVAL"), Failure("ENODATA"))
+
+
 JUSTIFIED: tuple[Justified, ...] = (
     Justified("*", "*st_dev", "each mount has a device number of its own"),
     Justified("*", "*st_blocks", _BLOCKS, _of_content),
@@ -55,14 +59,34 @@ JUSTIFIED: tuple[Justified, ...] = (
     Justified("direct", "at *", _DIRECT, _only_here),
 )
 
+BETWEEN_BACKENDS: tuple[Justified, ...] = (
+    Justified(
+        "xattrs-absent",
+        "user.overlay.",
+        "the kernel refuses the bare prefix of a name space that overlayfs keeps for itself, as that of `overlay` does",
+        _is_bare,
+    ),
+)
+"""What may differ besides that from one backend to another, either way, as docs/backends.md has it."""
+
 
 def justification(name: str, what: str, entry: Entry, found: object, expected: object) -> Justified | None:
     """Return which of JUSTIFIED a difference is; None for one that is wrong."""
-    for known in JUSTIFIED:
-        if (
-            fnmatch.fnmatchcase(name, known.check)
-            and fnmatch.fnmatchcase(what, known.what)
-            and known.applies(entry, found, expected)
-        ):
+    return _first(JUSTIFIED, name, what, lambda known: known.applies(entry, found, expected))
+
+
+def between_backends(name: str, what: str, entry: Entry, one: object, other: object) -> Justified | None:
+    """Return why two values may differ of which none is the oracle's; None when it is wrong."""
+    return justification(name, what, entry, other, one) or _first(
+        BETWEEN_BACKENDS,
+        name,
+        what,
+        lambda known: known.applies(entry, one, other) or known.applies(entry, other, one),
+    )
+
+
+def _first(among: Iterable[Justified], name: str, what: str, applies: Callable[[Justified], bool]) -> Justified | None:
+    for known in among:
+        if fnmatch.fnmatchcase(name, known.check) and fnmatch.fnmatchcase(what, known.what) and applies(known):
             return known
     return None

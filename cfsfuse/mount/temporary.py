@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from cfsfuse.errors import HostError, UsageError
+from cfsfuse.errors import HostError
 from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.mountinfo import mount_at
-from cfsfuse.mount.plan import Backend, judge
-from cfsfuse.mount.unmount import unmount
+from cfsfuse.mount.plan import Backend, choose, judge
+from cfsfuse.mount.unmount import take_away
 from cfsfuse.objects import Verification
+from cfsfuse.processes import Started, adopting, undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from cfsfuse.mount.plan import Fact
 
 _PATIENCE = 10.0  # seconds that a server has for its end
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHORT = 2.0  # the same where something has gone wrong, or somebody wants an end
 
 
 class Offer(NamedTuple):
@@ -53,30 +52,20 @@ def offers(options: MountOptions, look: Callable[[Fact], str | None], named: Col
     One that lacks nothing but verification is offered without, unless `verity` is demanded: what is looked at is given
     to nobody. Raises HostError when one that is named cannot mount, with the reason and what would put it right.
     """
+    is_demanded = options.verification is Verification.REQUIRED
+    unverified = options if is_demanded else replace(options, verification=Verification.OFF)
     found = []
-    for backend in Backend:
+    for (backend, problems), (_, unmovable) in zip(judge(options, look), judge(unverified, look), strict=True):
         if named and backend.value not in named:
             continue
-        offer = _offer(backend, replace(options, backend=backend.value), look)
-        if named and offer.options is None:
-            raise HostError(f"{backend.value} backend: {offer.problem}")
-        found.append(offer)
+        if named and unmovable:
+            choose(replace(unverified, backend=backend.value), look)
+        if unmovable:
+            found.append(Offer(backend, None, "; ".join(unmovable)))
+        else:
+            taken = unverified if problems else options
+            found.append(Offer(backend, replace(taken, backend=backend.value), "; ".join(problems) or None))
     return found
-
-
-def _offer(backend: Backend, options: MountOptions, look: Callable[[Fact], str | None]) -> Offer:
-    problem = _problem(backend, options, look)
-    if problem is None:
-        return Offer(backend, options, None)
-    unverified = replace(options, verification=Verification.OFF)
-    if options.verification is not Verification.REQUIRED and _problem(backend, unverified, look) is None:
-        return Offer(backend, unverified, problem)
-    return Offer(backend, None, problem)
-
-
-def _problem(backend: Backend, options: MountOptions, look: Callable[[Fact], str | None]) -> str | None:
-    verdict = next(each for each in judge(options, look) if each.backend is backend)
-    return "; ".join(verdict.problems) or None
 
 
 @contextlib.contextmanager
@@ -87,12 +76,16 @@ def mounted(image: str, offered: Collection[Offer], named: Collection[str] = ())
     `named`. Standard output must be flushed before: the servers are forked from this process.
     """
     stack = contextlib.ExitStack()
+    patience = _SHORT
+    started = Started()
     try:
         with undisturbed():
-            directory = os.path.realpath(tempfile.mkdtemp(prefix="cfsfuse-compare-"))
+            directory = os.path.realpath(tempfile.mkdtemp(prefix="cfsfuse-"))
+            stack.enter_context(adopting())  # a server that is killed leaves one that watches over its mount
             stack.callback(_remove, directory)
-            stack.callback(_await_servers)
+            stack.callback(lambda: started.end(patience))
         yield [_attempt(image, offer, directory, stack, named) for offer in offered]
+        patience = _PATIENCE
     finally:
         # All of it, however often somebody interrupts that.
         with undisturbed():
@@ -117,46 +110,12 @@ def _attempt(image: str, offer: Offer, directory: str, stack: contextlib.ExitSta
     return Attempt(offer.backend, mountpoint, offer.problem)
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let signals that end a program wait until the block has run. Servers forked in it set handlers of their own."""
-    came: list[int] = []
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
-
-
 def _take_away(mountpoint: str) -> None:
-    """Unmount what is there, in use or not; a server that has died may have been tidied up after already."""
-    with contextlib.suppress(UsageError):
+    """Unmount what is there, in use or not, without asking its server; it may have been tidied up after already."""
+    for lazy in (False, True):
         if mount_at(mountpoint) is not None:
-            try:
-                unmount(mountpoint)
-            except HostError:
-                unmount(mountpoint, lazy=True)
-
-
-def _await_servers() -> None:
-    """Wait for the end of all child processes; kill what takes too long."""
-    with contextlib.suppress(ChildProcessError):
-        end = time.monotonic() + _PATIENCE
-        while time.monotonic() < end:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.01)
-        for pid in _children():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def _children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-        return [int(pid) for pid in file.read().split()]
+            with contextlib.suppress(HostError):
+                take_away(mountpoint, lazy=lazy)
 
 
 def _remove(directory: str) -> None:
