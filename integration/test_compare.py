@@ -258,6 +258,22 @@ def test_object_that_is_missing_everywhere_is_no_difference(made: Stage) -> None
     assert document(made, 0, "--backend", "kernel", "--backend", "fuse")["equal"]
 
 
+def test_contents_that_nobody_can_read_are_told(made: Stage) -> None:
+    """A base directory that is not the right one makes all of them equal: nothing is there."""
+    done = made.run(CFSFUSE, "compare", made.image, "-o", f"basedir={made.directory('empty')},noverity")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = re.search(r"^contents not compared, for objects .*: (\d+) files$", done.stdout, re.MULTILINE)
+    assert told is not None
+    assert int(told[1]) > 0
+    assert done.stdout.endswith("\nequal, but for contents that nobody could read\n")
+
+
+def test_check_that_takes_two_is_refused_with_one(made: Stage) -> None:
+    done = compare(made, "--backend", "fuse", "--check", "modify")
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert done.stderr == "cfsfuse: --check modify: the image says nothing of it, so it takes two mounts\n"
+
+
 def test_damaged_object_is_found_where_it_is_refused(made: Stage) -> None:
     digest = digest_of(CONTENT).hex()
     flip(made.object(f"{digest[:2]}/{digest[2:]}"), 5000)

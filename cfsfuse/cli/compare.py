@@ -142,6 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
         with naming(arguments.image), contextlib.closing(BaseDirectories(request.options.basedir)) as directories:
             witness = ImageWitness(reader(), directories.exists, _observer(request.options))
             comparison = Comparison(witness, taking_part, request.checks, request.sparsely)
+            for name in arguments.check:
+                if name != ALL and not comparison.is_made(name):
+                    raise UsageError(f"--check {name}: the image says nothing of it, so it takes two mounts")
             with common.output():
                 write = _write_json if arguments.json else _write_text
                 write(arguments.image, _Shown(comparison, attempts, given, request.patience))
@@ -244,7 +247,8 @@ def _write_text(image: str, shown: _Shown) -> None:
     with shown.findings() as findings:
         found.add(findings)
     print("", *table(comparison), "", *found.lines(), sep="\n")
-    print("equal" if comparison.are_equal else f"{found.total} differences")
+    unread = ", but for contents that nobody could read" if comparison.unread else ""
+    print(f"equal{unread}" if comparison.are_equal else f"{found.total} differences")
 
 
 def _write_json(image: str, shown: _Shown) -> None:

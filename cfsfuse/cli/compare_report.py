@@ -98,6 +98,8 @@ def table(comparison: Comparison) -> Iterator[str]:
     for number, (reason, times) in enumerate(comparison.reasons.items(), 1):
         where = reason.check.replace("*", "every check")
         yield f"[{number}] {reason.what.lstrip('*')} in {where}, {times} times: {reason.why}"
+    if comparison.unread:
+        yield f"contents not compared, for objects that are missing or may not be read: {comparison.unread} files"
     if comparison.too_long:
         yield f"not looked at, their paths being too long for system calls: {comparison.too_long} entries and all below"
 
@@ -132,6 +134,7 @@ def summary(comparison: Comparison) -> dict[str, object]:
     return {
         "entries": comparison.entries,
         "too_long": comparison.too_long,
+        "contents_not_compared": comparison.unread,
         "compared": [
             {"check": check, "between": list(pair), **vars(count)} for (check, pair), count in comparison.counts.items()
         ],

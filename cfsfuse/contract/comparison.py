@@ -37,6 +37,7 @@ ENTRIES = "entries"
 """What is looked at before all checks: whether an entry is there, and of which type."""
 
 _NOT_THERE = Failure("ENOENT")
+_NO_CONTENT = (_NOT_THERE, FORBIDDEN)
 _PATH_MAX = 4096
 _ALL_JUSTIFIED = (*JUSTIFIED, *BETWEEN_BACKENDS)
 # Checks that are made `sparsely` look at so many entries first, and then at every so manieth.
@@ -82,6 +83,7 @@ class Outcome(NamedTuple):
     reasons: dict[int, int]
     entries: int
     too_long: int
+    unread: int
 
 
 class _Place(NamedTuple):
@@ -113,6 +115,8 @@ class Comparison:
         self.reasons: Counter[Justified] = Counter()
         self.entries = 0
         self.too_long = 0
+        self.unread = 0
+        """Files whose contents nobody could compare: their objects are missing, or may not be read."""
         self._devices: dict[str, int] = {}
         self._at: Callable[[str, bytes], object] = _nobody_asks
         self._longest = max(len(mount.root) for mount in self.mounts)
@@ -126,11 +130,11 @@ class Comparison:
     def outcome(self) -> Outcome:
         """What has come out, as another process can take it over."""
         reasons = {_ALL_JUSTIFIED.index(reason): times for reason, times in self.reasons.items()}
-        return Outcome(self.counts, reasons, self.entries, self.too_long)
+        return Outcome(self.counts, reasons, self.entries, self.too_long, self.unread)
 
     @outcome.setter
     def outcome(self, other: Outcome) -> None:
-        self.counts, reasons, self.entries, self.too_long = other
+        self.counts, reasons, self.entries, self.too_long, self.unread = other
         self.reasons = Counter({_ALL_JUSTIFIED[number]: times for number, times in reasons.items()})
 
     def findings(self, at: Callable[[str, bytes], object] | None = None) -> Iterator[Finding]:
@@ -149,6 +153,10 @@ class Comparison:
             yield from self._look(place, entries)
             self.entries += 1
         self._require_alive(b"")
+
+    def is_made(self, check: str) -> bool:
+        """Return whether any two who take part can be compared in a check."""
+        return any(made == check for made, _ in self.counts)
 
     def _has(self, check: str, pair: Pair) -> bool:
         return check == ENTRIES or pair.expected != IMAGE or check in self.image.checks
@@ -258,6 +266,8 @@ class Comparison:
             if mount.name in looking:
                 self._at(mount.name, place.path)
                 seen[mount.name] = _observed(check, mount, entries[mount.name])
+        if check == "digest" and any(value in _NO_CONTENT for each in seen.values() for value in each.values()):
+            self.unread += 1
         for pair in pairs:
             entry = entries[pair.found]
             if not isinstance(entry, Entry):
