@@ -17,6 +17,7 @@ from cfsfuse.mount.job import Server
 from cfsfuse.mount.options import MountOptions, parse
 from cfsfuse.mount.running import NOT_EXECUTABLE, NOT_FOUND, Layout, Listener
 from cfsfuse.mount.tree_root import Bind
+from cfsfuse.processes import adopting
 from tests.cli_support import fails, run
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def test_a_command_is_needed(asked: Asked) -> None:
 def test_contradictions_are_told_before_anything_is_done(
     options: str, layout: Layout, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(syscalls, "adopt_orphans", None)
+    monkeypatch.setattr(running, "adopting", None)
     with pytest.raises(UsageError, match=f"^{said}"):
         running.run("image", parse(options), layout, ["true"], Listener(print))
 
@@ -363,8 +364,7 @@ def test_what_is_left_is_killed() -> None:
     """Whoever has started it, and only that."""
 
     def work() -> int:
-        syscalls.adopt_orphans()
-        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server:
+        with adopting(), subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server:
             script = "(trap '' TERM; sleep 60 & sleep 60) & sleep 60 &"
             subprocess.run(["sh", "-c", script], check=True, stdout=subprocess.DEVNULL)
             count = len(job.children())
@@ -386,9 +386,9 @@ def test_what_does_not_end_is_waited_for_within_a_bound(monkeypatch: pytest.Monk
 
 def test_what_ends_before_the_command_is_no_zombie() -> None:
     def work() -> int:
-        syscalls.adopt_orphans()
         script = 'for i in 1 2 3; do ( sleep 0.1 & ); done; sleep 0.4; grep -c ") Z $PPID " /proc/[0-9]*/stat'
-        status, _ = outcome("sh", "-c", f"{script} | grep -q ':[1-9]'")
+        with adopting():
+            status, _ = outcome("sh", "-c", f"{script} | grep -q ':[1-9]'")
         return 7 if status == 1 else 8  # grep has found none
 
     assert status_of(work) == 7

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from cfsfuse.mount import syscalls
+from cfsfuse.processes import adopting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -29,9 +30,8 @@ def apart() -> int | None:
     Should one of the two be killed, the other ends the command with all that it has started.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a caller has it ignored, the kernel keeps no exit status
-    syscalls.adopt_orphans()
     us, not_ours = os.getpid(), children()
-    with Signals() as signals:
+    with adopting(), Signals() as signals:
         pid = os.fork()
         if pid == 0:
             signal.signal(_ORPHANED, _end)

@@ -16,6 +16,7 @@ from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.mount.unmount import take_away
+from cfsfuse.processes import adopting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,8 +67,8 @@ def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str
     """
     warn, explain = listener
     _check(options, layout)
-    syscalls.adopt_orphans()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(adopting())
         stack.enter_context(job.ended_by_signals())
         has_scratch = layout.at is None or layout.writable
         scratch = stack.enter_context(_scratch_directory(warn)) if has_scratch else ""

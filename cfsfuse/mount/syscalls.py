@@ -51,7 +51,6 @@ _MS_SLAVE = 1 << 19
 _CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
 CLONE_NEWUSER = 0x10000000
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
-_PR_SET_CHILD_SUBREAPER = 36
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -191,11 +190,6 @@ def pivot_root() -> None:
 def die_with_parent(number: int) -> None:
     """Have the kernel send this process a signal when its parent ends."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number)))
-
-
-def adopt_orphans() -> None:
-    """Become the parent of processes below this one whose own parent ends."""
-    _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1)))
 
 
 def unshare_mounts(*, follow: bool = False) -> None:
