@@ -489,7 +489,11 @@ def test_what_the_command_inherits(ours: Place) -> None:
     shown = "ulimit -S -n; umask; echo $OF_THE_CALLER; grep SigIgn /proc/self/status; grep SigBlk /proc/self/status"
     done = ours.stage.run("sh", "-c", script, "sh", *ours.words("--root", "--", "sh", "-c", shown))
     ignored = 1 << signal.SIGINT - 1 | 1 << signal.SIGUSR1 - 1
-    assert done.stdout.splitlines() == ["500", "0027", "a value", f"SigIgn:\t{ignored:016x}", f"SigBlk:\t{0:016x}"]
+    *others, sig_ign, sig_blk = done.stdout.splitlines()
+    assert others == ["500", "0027", "a value"]
+    # What is above is not ours to tell: whoever runs the tests may ignore signals of the C library's.
+    assert int(sig_ign.split()[1], 16) & (1 << signal.SIGSYS) - 1 == ignored
+    assert int(sig_blk.split()[1], 16) == 0
 
 
 def test_where_the_command_starts(ours: Place) -> None:
