@@ -36,6 +36,15 @@ _prctl = ctypes.CDLL(None).prctl
 T = TypeVar("T")
 
 
+def fork() -> int:
+    """os.fork(), with signals put off: what a handler raises would be lost in the hooks that Python has there."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 @contextlib.contextmanager
 def adopting() -> Iterator[None]:
     """Become the parent of processes below this one whose own parent ends, for the length of the block."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cfsfuse.errors import CfsError, HostError
 from cfsfuse.mount import syscalls
 from cfsfuse.mount.places import log_file
+from cfsfuse.processes import fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,7 +49,7 @@ def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int
     """
     reading, writing = os.pipe()
     us = os.getpid()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
 
         def begin(ready: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from cfsfuse.mount.plan import UNTRIED, Fact
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.objects import Verification
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
+from cfsfuse.processes import fork
 from cfsfuse.tree import Directory, Entry, External, Stat
 from cfsfuse.verity.ioctl import Absence, absence, measure
 
@@ -242,7 +243,7 @@ def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
 def _in_child(run: Callable[[], None]) -> str | None:
     """Run in a child process, whose namespaces go with it; return what it raises, as text."""
     reading, writing = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         os.close(reading)
         try:
