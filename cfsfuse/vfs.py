@@ -179,7 +179,7 @@ class Vfs:
     async def open(self, nid: int) -> None:
         """Check that a regular file can be read; raise the ObjectError that says why not."""
         if not self.open_now(nid):
-            await self.read(nid, 0, 0)
+            await self.read_later(nid, 0, 0)
 
     def open_now(self, nid: int) -> bool:
         """Do what `open` does if no thread is needed for it; return whether that was so."""
@@ -189,9 +189,7 @@ class Vfs:
     async def read(self, nid: int, offset: int, length: int) -> Bytes:
         """Return verified bytes of a regular file, fewer than `length` only at its end."""
         data = self.read_now(nid, offset, length)
-        if data is None:  # only what is in an object has to be waited for
-            data = await self._object_later(nid, cast("External", self.node(nid)), offset, length)
-        return data
+        return await self.read_later(nid, offset, length) if data is None else data
 
     def read_now(self, nid: int, offset: int, length: int) -> Bytes | None:
         """Return what `read` does, None when a thread is needed for it."""
@@ -215,8 +213,9 @@ class Vfs:
             self._report(nid, error)
             raise
 
-    async def _object_later(self, nid: int, node: External, offset: int, length: int) -> Bytes:
-        """Read an object, waiting for it in a thread."""
+    async def read_later(self, nid: int, offset: int, length: int) -> Bytes:
+        """Return what `read_now` has not, waiting for it in a thread; length 0 does what opening demands."""
+        node = cast("External", self.node(nid))  # only what is in an object has to be waited for
         try:
             loaded = await self._in_thread(functools.partial(self._load_timed, node, offset, length), self._disk)
             if loaded is None:

@@ -704,7 +704,7 @@ async def test_requests_under_way_do_not_wait_for_one_another(
     def read_now(nid: int, *_arguments: int) -> bytes | None:
         return None if nid == served.nid(b"large") else b"now"
 
-    monkeypatch.setattr(served.vfs, "read", slow)
+    monkeypatch.setattr(served.vfs, "read_later", slow)
     monkeypatch.setattr(served.vfs, "read_now", read_now)
 
     async def talk(session: Session) -> None:
@@ -759,7 +759,7 @@ async def test_an_unexpected_error_is_logged_and_the_session_lives(
 
     monkeypatch.setattr(served.vfs, "readlink", fail)
     monkeypatch.setattr(served.vfs, "read_now", lambda *_arguments: None)
-    monkeypatch.setattr(served.vfs, "read", fail_later)
+    monkeypatch.setattr(served.vfs, "read_later", fail_later)
 
     async def talk(session: Session) -> None:
         assert (await session.ask(Opcode.READLINK, b"link")).errno == errno.EIO
@@ -785,7 +785,7 @@ async def test_the_end_of_the_mount_does_not_wait_for_a_disk(
             seen.append("cancelled")
 
     monkeypatch.setattr(served.vfs, "read_now", lambda *_arguments: None)
-    monkeypatch.setattr(served.vfs, "read", forever)
+    monkeypatch.setattr(served.vfs, "read_later", forever)
 
     async def talk(session: Session) -> None:
         session.send(Opcode.READ, b"small", reading(0, 10))

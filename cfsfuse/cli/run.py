@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -44,24 +45,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--writable", action="store_true", help="let it change the tree; what it writes is kept in memory and forgotten"
     )
-    parser.add_argument(
-        "--bind",
-        metavar="SRC[:DST]",
-        action="append",
-        dest="binds",
-        type=lambda text: ("--bind", text),
-        default=[],
-        help=r"with --root: show this file or directory of the host at DST; \: stands for a colon; may be repeated",
-    )
-    parser.add_argument(
-        "--bind-ro",
-        metavar="SRC[:DST]",
-        action="append",
-        dest="binds",
-        type=lambda text: ("--bind-ro", text),
-        default=[],
-        help="the same, but it takes no changes",
-    )
+    show = r"with --root: show this file or directory of the host at DST; \: stands for a colon; may be repeated"
+    for option, text in (("--bind", show), ("--bind-ro", "the same, but it takes no changes")):
+        parser.add_argument(
+            option,
+            metavar="SRC[:DST]",
+            action="append",
+            dest="binds",
+            type=functools.partial(_under, option),
+            default=[],
+            help=text,
+        )
     parser.add_argument(
         "--tmpfs",
         metavar="DIR",
@@ -71,6 +65,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chdir", metavar="DIR", help="start COMMAND there (default with --root: /)")
     parser.epilog = _EXIT_STATUS + (parser.epilog or "")
+
+
+def _under(option: str, text: str) -> tuple[str, str]:
+    """Return a value with its option: the order of both kinds of binds counts."""
+    return option, text
 
 
 def run(arguments: argparse.Namespace) -> int:

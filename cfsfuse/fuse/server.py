@@ -228,7 +228,7 @@ class Server:
             return _OPENED
 
         async def opened() -> bytes:
-            await self._vfs.open(request.nid)
+            await self._vfs.read_later(request.nid, 0, 0)
             return _OPENED
 
         self._answer_later(request, "OPEN", opened)
@@ -238,7 +238,7 @@ class Server:
         _, offset, size, _ = protocol.READ_IN.unpack_from(request.body)
         data = self._vfs.read_now(request.nid, offset, size)
         if data is None:
-            self._answer_later(request, "READ", functools.partial(self._vfs.read, request.nid, offset, size))
+            self._answer_later(request, "READ", functools.partial(self._vfs.read_later, request.nid, offset, size))
         return data
 
     def _statfs(self, _: Request) -> Answer:
