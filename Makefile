@@ -41,5 +41,5 @@ lock:  ## pin the newest versions of all requirements, with their hashes
 	$(lock_command) --group build --constraints requirements/dev.txt --output-file requirements/build.txt
 
 clean:  ## remove what the other targets made, .venv too
-	rm -rf .venv build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf cfsfuse/verity/*.so .venv build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find cfsfuse tests integration -name __pycache__ -prune -exec rm -rf {} +

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.objects import ObjectStore
     from cfsfuse.tree import Node
-    from cfsfuse.verity.digest import Algorithm
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Algorithm, Bytes
 
 STEP = 1 << 20
 LINKS_MAX = 40  # the kernel's MAXSYMLINKS

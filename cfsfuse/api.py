@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.erofs.image import Nid
     from cfsfuse.erofs.inode import Inode
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.tree import External
     from cfsfuse.trees import TreeStore
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
 
 WHOLE_FILE_MAX = 1 << 20
 _CONTENT_BUDGET = 16 << 20  # bytes of verified small files

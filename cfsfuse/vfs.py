@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.objects import Loaded, ObjectStore
     from cfsfuse.tree import Node
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
 
 log = logging.getLogger(__name__)
 

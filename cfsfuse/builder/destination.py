@@ -15,7 +15,7 @@ from cfsfuse.errors import HostError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
 
     Write = Callable[[Bytes], object]
     Publish = Callable[[], object] | None

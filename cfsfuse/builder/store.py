@@ -29,7 +29,7 @@ from cfsfuse.verity.merkle import Geometry, content_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
 
 # What was done with an object, as numbers that go through `marshal`. NOTHING: this build has staged it already, for
 # another file. TREE is added when a Merkle tree has been staged.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from cfsfuse.erofs.image import Nid
     from cfsfuse.erofs.inode import Inode
-    from cfsfuse.verity.merkle import Bytes
+    from cfsfuse.verity.digest import Bytes
     from cfsfuse.vfs import Vfs
 
 log = logging.getLogger(__name__)
