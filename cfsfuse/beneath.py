@@ -29,6 +29,8 @@ _HOW_CACHED = ctypes.create_string_buffer(_OPEN_HOW.pack(_FLAGS, 0, _RESOLVE | _
 _FLAGS_PATH = os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW
 _HOW_PATH = ctypes.create_string_buffer(_OPEN_HOW.pack(_FLAGS_PATH, 0, _RESOLVE), _OPEN_HOW.size)
 
+_NO_NAMES = frozenset((b"", b".", b".."))
+
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _openat2_works = True
 
@@ -64,7 +66,7 @@ def _open(directory: int, path: bytes, flags: int, how: ctypes.Array[ctypes.c_ch
     """Open as `how` says, a struct open_how; or by the walk, with `flags`, which are those of `how`."""
     global _openat2_works  # noqa: PLW0603 - found out once, by trying: a probe would cost every start
     # A NUL would cut the path short in C. The components are refused so that both ways mean the same.
-    if b"\0" in path or any(name in (b"", b".", b"..") for name in path.split(b"/")):
+    if b"\0" in path or not _NO_NAMES.isdisjoint(path.split(b"/")):
         raise OSError(errno.EXDEV, "the path leaves the directory")
     if _openat2_works:
         fd: int = _syscall(_SYS_OPENAT2, directory, path, how, _OPEN_HOW.size)

@@ -108,10 +108,13 @@ class ObjectStore:
         """
         key = self._key(node)
         length = max(0, min(length, key.size - offset))
-        load: Load = self._load_unverified
-        if self._verifies(node):
-            blocks = functools.partial(self._load_blocks, compute=compute)
-            load = self._load_whole if key.size <= WHOLE_FILE_MAX else blocks
+        load: Load
+        if not self._verifies(node):
+            load = self._load_unverified
+        elif key.size <= WHOLE_FILE_MAX:
+            load = self._load_whole
+        else:
+            load = functools.partial(self._load_blocks, compute=compute)
         try:
             return load(key, offset, length, wait=wait)
         except ObjectError:

@@ -95,12 +95,14 @@ class Vfs:
     def lookup(self, parent: int, name: bytes) -> Inode | None:
         """Return what `name` is in the directory `parent`, None when it is absent.
 
-        Small directories are read once and kept: most look-ups are of names that are not there, and many.
+        The names of a small directory are kept, from the second look-up in it on: most look-ups are of names that are
+        not there, and many.
         """
         names = self._names.get(parent)
-        if names is None:
+        if not names:
             directory = self.inode(parent)
-            if self.reader.block_count(directory) > 1:
+            if names is None or self.reader.block_count(directory) > 1:
+                self._names.put(parent, {})
                 return self.reader.lookup(directory, name)
             names = {known: nid for known, nid, _ in self.reader.block(directory, 0)}
             self._names.put(parent, names, len(names) + 1)
@@ -205,9 +207,11 @@ class Vfs:
     def _object_now(self, nid: int, node: External, offset: int, length: int) -> Bytes | None:
         """Read an object without a thread, None when that cannot be; length 0 does what opening it demands."""
         try:
-            loaded = _unless(BlockingIOError, functools.partial(self._store.load, node, offset, length, wait=False))
-            if loaded is None and self._pace.is_fast:
+            if self._pace.is_fast:  # to try without waiting first costs more than it saves
                 loaded = self._load_timed(node, offset, length)
+            else:
+                load = functools.partial(self._store.load, node, offset, length, wait=False)
+                loaded = _unless(BlockingIOError, load)
             return None if loaded is None else self._store.finish(loaded, offset, length)
         except ObjectError as error:
             self._report(nid, error)
