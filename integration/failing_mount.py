@@ -16,9 +16,9 @@ from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import CfsError
 from cfsfuse.imagefile import open_image
 from cfsfuse.mount import fuse, syscalls
-from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.options import parse
 from cfsfuse.mount.plan import Backend
+from cfsfuse.mount.serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import itertools
@@ -566,7 +565,7 @@ def place(request: pytest.FixtureRequest, made: Stage, monkeypatch: pytest.Monke
     monkeypatch.setattr(tempfile, "tempdir", temporary)
     with contextlib.ExitStack() as stack:
         path, options = KINDS[kind](made, stack)
-        options = dataclasses.replace(options, basedir=(made.store,), verification=Verification.OFF)
+        options = options._replace(basedir=(made.store,), verification=Verification.OFF)
         AGES[age](monkeypatch)
         yield Place(made, path, options, temporary)
 
@@ -597,7 +596,7 @@ def test_a_hundred_mounts_by_turns(made: Stage) -> None:
     options = MountOptions(basedir=(made.store,), verification=Verification.OFF)
     place = Place(made, made.image, options, made.directory("tmp"))
     for number in range(100):
-        place.options = dataclasses.replace(options, digest="0" * 64 if number % 3 == 2 else None)
+        place.options = options._replace(digest="0" * 64 if number % 3 == 2 else None)
         if place.options.digest:
             with pytest.raises(CfsError):
                 place.mount()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -132,5 +131,5 @@ def test_beside_or_around_the_store_is_no_matter_of_ours(place: Path) -> None:
     with opened_layers(options(place, upper="store-2", work="work")):
         pass
     around = options(place, upper="upper", work="work")
-    with opened_layers(dataclasses.replace(around, basedir=(str(place / "upper/store"),))):
+    with opened_layers(around._replace(basedir=(str(place / "upper/store"),))):
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -298,7 +297,7 @@ def lacking(facts: list[Fact]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["auto", "kernel", "overlay", "fuse"])
 def test_judgement_of_a_backend_does_not_depend_on_which_is_named(name: str) -> None:
-    options = dataclasses.replace(parse("noverity"), backend=name)
+    options = parse("noverity")._replace(backend=name)
     assert [verdict.problems for verdict in judge(options, Facts(ALL).look)] == [[], [], []]
 
 

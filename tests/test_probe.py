@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cfsfuse.api import open_image
 from cfsfuse.errors import HostError
-from cfsfuse.mount import kernel, overlayfs, probe, syscalls
+from cfsfuse.mount import fusemount, kernel, overlayfs, probe, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
+from cfsfuse.mount.syscalls import Context
+from cfsfuse.mount.trial import Trial
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.ioctl import Absence, Measured
 from cfsfuse.verity.merkle import content_digest
@@ -71,6 +74,7 @@ def test_a_try_that_fails_otherwise_is_a_problem_and_no_end(fact: Fact, monkeypa
 def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSE needs none: the mount goes on with that."""
     monkeypatch.setattr(probe, "_erofs", lambda: None)
+    monkeypatch.setattr(overlayfs, "takes_data_layers", lambda: False)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at all")
     assert Host().look(Fact.KERNEL_VIEW) == "cannot be tried out: No such file or directory"
 
@@ -216,9 +220,9 @@ def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise HostError("/dev/fuse: not there")
 
-    monkeypatch.setattr(probe, "check_device", missing)
+    monkeypatch.setattr(fusemount, "check_device", missing)
     assert Host().look(Fact.FUSE) == "/dev/fuse: not there"
-    monkeypatch.setattr(probe, "check_device", lambda: None)
+    monkeypatch.setattr(fusemount, "check_device", lambda: None)
     assert Host().look(Fact.FUSE) is None
 
 
@@ -254,13 +258,51 @@ def test_a_child_says_how_it_went(run: Callable[[], None], said: str | None, mon
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_nothing_is_tried_outside_of_a_mount_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tried_outside_of_a_mount_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried: list[str] = []
     monkeypatch.setattr(syscalls, "unshare_mounts", raising(OSError(errno.EPERM, "Operation not permitted")))
     monkeypatch.setattr(kernel, "mount", lambda *_: tried.append("mount"))
     with pytest.raises(OSError, match="Operation not permitted"):
-        probe._read_through_kernel("image", "objects", "mountpoint")
+        Trial(str(tmp_path)).read()
     assert tried == []
+
+
+def test_the_trial_is_what_the_reader_shows(tmp_path: Path) -> None:
+    """The image of the trial is a right one, so that what it says of a kernel is right."""
+    Trial(str(tmp_path))
+    with open_image(tmp_path / "image", basedirs=[tmp_path / "objects"]) as image:
+        assert image.read("/file") == b"the kernel shows this file"
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_trial_is_made_where_overlayfs_has_no_data_layers(monkeypatch: pytest.MonkeyPatch, *, takes: bool) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(probe, "_erofs", lambda: None)
+    monkeypatch.setattr(overlayfs, "takes_data_layers", lambda: takes)
+    monkeypatch.setattr(probe, "_in_child", lambda _: tried.append("trial"))
+    assert Host().look(Fact.KERNEL_VIEW) is None
+    assert tried == ([] if takes else ["trial"])
+
+
+@pytest.mark.parametrize("age", ["6.7", "6.5", "5.10", "none"])
+def test_data_layers_are_parameters_of_their_own(monkeypatch: pytest.MonkeyPatch, age: str) -> None:
+    class Overlay(Context):
+        """Takes what overlayfs of that age does."""
+
+        def __init__(self, fstype: str) -> None:
+            assert fstype == "overlay"
+            if age == "none":
+                raise OSError(errno.ENODEV, "No such device")
+            self._fd = os.open("/dev/null", os.O_RDONLY)
+
+        def set(self, key: str, value: str | int | None = None) -> None:
+            assert value is not None
+            if age == "5.10" or (age == "6.7" and key in ("lowerdir+", "datadir+")):
+                return
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(overlayfs, "Context", Overlay)
+    assert overlayfs.takes_data_layers() is (age == "6.7")
 
 
 # The objects ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
-from cfsfuse.cli import common
-from cfsfuse.cli.doctor import explanation
-from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.options import BACKENDS, parse
+from cfsfuse.mount.serving import Serving
 
 if TYPE_CHECKING:
     import argparse
@@ -74,7 +71,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def options_of(arguments: argparse.Namespace) -> MountOptions:
     """Return what -o and --backend ask for."""
     options = parse(",".join(arguments.options))
-    return options if arguments.backend is None else dataclasses.replace(options, backend=arguments.backend)
+    return options if arguments.backend is None else options._replace(backend=arguments.backend)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,5 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explain(verdicts: list[Verdict], chosen: Backend | None) -> None:
+    from cfsfuse.cli import common
+    from cfsfuse.cli.doctor import explanation
+
     with common.output():  # flushed in the end: a daemon would have what is not written yet as well
         print(*explanation(verdicts, chosen), sep="\n")

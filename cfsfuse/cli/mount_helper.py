@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING
 
 from cfsfuse import __version__
@@ -52,6 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     options = parse(",".join(arguments.options))
     if not arguments.fake:
         defaults = ("suid", "dev") if has_sys_admin() else ()
-        options = dataclasses.replace(options, flags=(*defaults, *options.flags))
+        options = options._replace(flags=(*defaults, *options.flags))
         mount(arguments.image, arguments.mountpoint, options)
     return DONE

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
 from cfsfuse.errors import CfsError, HostError
@@ -21,23 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Serving(Enum):
-    """Which process serves a mount, and how long."""
-
-    BACKGROUND = "a daemon"
-    TIED = "a daemon that ends when the process that mounts does"
-    FOREGROUND = "the process that mounts"
-
-
 _SYSLOG = "/dev/log"
 _READY = b"\0"
-
-
-def open_descriptors() -> list[int]:
-    """Return the descriptors above the standard ones: called first of all, those that the caller left open for us."""
-    listed = [int(name) for name in os.listdir("/proc/self/fd")]
-    # The descriptor of the listing itself is closed by now, and its number will be used again.
-    return [fd for fd in listed if fd > 2 and os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
 def launch(serve: Callable[[Callable[[], None]], object], not_ours: Iterable[int], *, tied: bool = False) -> None:

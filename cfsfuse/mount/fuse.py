@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.basedirs import BaseDirectories
 from cfsfuse.fuse.protocol import check_root
 from cfsfuse.mount import daemon
-from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.fusemount import check_device, permitted
 from cfsfuse.mount.layers import Stack, opened_layers
 from cfsfuse.mount.mountpoint import check_mountpoint, claimed
 from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.plan import Backend, is_stacked
+from cfsfuse.mount.serving import Serving
 from cfsfuse.mount.watcher import watched
 from cfsfuse.objects import ObjectStore
 from cfsfuse.trees import TreeStore

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from typing import TYPE_CHECKING
 
 from cfsfuse.erofs.ondisk import COMPOSEFS_FLAG_HAS_ACL
@@ -149,6 +148,8 @@ class _Erofs:
     def attached(self) -> Iterator[int]:
         """Yield the descriptor of a mount at a temporary directory: it is there as long as the block runs."""
         with contextlib.ExitStack() as stack:
+            import tempfile
+
             directory = tempfile.mkdtemp(prefix=".composefs.")
             stack.callback(os.rmdir, directory)
             self._attach(directory)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import HostError, UsageError
-from cfsfuse.imagefile import naming, open_image
-from cfsfuse.mount import daemon, fuse, kernel
-from cfsfuse.mount.daemon import Serving
+from cfsfuse.mount import kernel
 from cfsfuse.mount.options import AUTO
 from cfsfuse.mount.plan import Backend, choose, judge
 from cfsfuse.mount.probe import Host
+from cfsfuse.mount.serving import Serving, open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cfsfuse.erofs.reader import Reader
     from cfsfuse.mount.options import MountOptions
     from cfsfuse.mount.plan import Verdict
 
@@ -35,7 +34,7 @@ def mount(
     `tell` hears before that what speaks against each backend, and which one is taken, if any. Raises a CfsError, with
     nothing mounted and no process left.
     """
-    not_ours = daemon.open_descriptors()
+    not_ours = open_descriptors()
     if not options.basedir:
         raise UsageError("no base directory: name the object store with -o basedir=")
     if options.idmap is not None:
@@ -55,6 +54,8 @@ def mount(
             if chosen is Backend.KERNEL:
                 kernel.mount(image, mountpoint, options)
             else:
+                from cfsfuse.mount import fuse
+
                 fuse.mount(fuse.Opened(image, reader(), not_ours), mountpoint, options, chosen, serving)
         except HostError as error:
             # What was tried out has been possible, and this is not: the next backend may be.
@@ -70,6 +71,9 @@ def reader_of(image: str, digest: str | None) -> Callable[[], Reader]:
 
     @functools.cache
     def reader() -> Reader:
+        from cfsfuse.erofs.reader import Reader
+        from cfsfuse.imagefile import naming, open_image
+
         with naming(image):
             return Reader(open_image(image, digest))
 

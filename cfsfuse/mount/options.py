@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.errors import UsageError
 from cfsfuse.objects import Verification
@@ -18,8 +17,7 @@ NATIVE, PYFUSE3 = SESSIONS = ("native", "pyfuse3")
 BACKENDS = (AUTO, "kernel", "overlay", "fuse")
 
 
-@dataclass(frozen=True, slots=True)
-class MountOptions:
+class MountOptions(NamedTuple):
     """What a mount is asked for.
 
     `basedir` are the base directories in search order; `digest` is the expected fs-verity digest of the image in
@@ -43,7 +41,7 @@ class MountOptions:
     read_only: bool = False
     backend: str = AUTO
     session: str = NATIVE
-    flags: tuple[str, ...] = field(default=())
+    flags: tuple[str, ...] = ()
 
     @property
     def is_writable(self) -> bool:
@@ -114,7 +112,7 @@ def split(text: str, separator: str) -> list[str]:
 def _with(options: MountOptions, item: str) -> MountOptions:
     name, equals, value = item.partition("=")
     if item in _KERNEL_FLAGS:
-        return replace(options, flags=(*options.flags, item))
+        return options._replace(flags=(*options.flags, item))
     if not equals and item in _SWITCHES:
         return _SWITCHES[item](options)
     if equals and name in _VALUES:
@@ -129,20 +127,20 @@ def _with(options: MountOptions, item: str) -> MountOptions:
 
 
 def _basedir(options: MountOptions, value: str) -> MountOptions:
-    return replace(options, basedir=options.basedir + tuple(path for path in split(value, ":") if path))
+    return options._replace(basedir=options.basedir + tuple(path for path in split(value, ":") if path))
 
 
 def _digest(options: MountOptions, value: str) -> MountOptions:
     if not _DIGEST.fullmatch(value):
         raise UsageError(f"digest={value}: not an fs-verity digest (64 or 128 hexadecimal digits)")
-    return replace(options, digest=value.lower())
+    return options._replace(digest=value.lower())
 
 
 def _number(name: str, largest: int = 0xFFFFFFFE) -> Callable[[MountOptions, str], MountOptions]:
     def parse_number(options: MountOptions, value: str) -> MountOptions:
         if not value.isascii() or not value.isdigit() or int(value) > largest:
             raise UsageError(f"{name}={value}: not a number from 0 to {largest}")
-        return replace(options, **{name: int(value)})  # type: ignore[arg-type]  # the names below are of int fields
+        return options._replace(**{name: int(value)})  # type: ignore[arg-type]  # the names below are of int fields
 
     return parse_number
 
@@ -151,19 +149,19 @@ def _one_of(name: str, *choices: str) -> Callable[[MountOptions, str], MountOpti
     def parse_choice(options: MountOptions, value: str) -> MountOptions:
         if value not in choices:
             raise UsageError(f"{name}={value}: must be {', '.join(choices[:-1])} or {choices[-1]}")
-        return replace(options, **{name: value})  # type: ignore[arg-type]  # the names below are of str fields
+        return options._replace(**{name: value})  # type: ignore[arg-type]  # the names below are of str fields
 
     return parse_choice
 
 
 _SWITCHES: dict[str, Callable[[MountOptions], MountOptions]] = {
-    "tryverity": lambda options: replace(options, verification=Verification.RECORDED),
-    "verity": lambda options: replace(options, verification=Verification.REQUIRED),
-    "noverity": lambda options: replace(options, verification=Verification.OFF),
-    "allow_other": lambda options: replace(options, allow_other=True),
-    "ro": lambda options: replace(options, read_only=True),
-    "rw": lambda options: replace(options, read_only=False),
-    "noallow_other": lambda options: replace(options, allow_other=False),
+    "tryverity": lambda options: options._replace(verification=Verification.RECORDED),
+    "verity": lambda options: options._replace(verification=Verification.REQUIRED),
+    "noverity": lambda options: options._replace(verification=Verification.OFF),
+    "allow_other": lambda options: options._replace(allow_other=True),
+    "ro": lambda options: options._replace(read_only=True),
+    "rw": lambda options: options._replace(read_only=False),
+    "noallow_other": lambda options: options._replace(allow_other=False),
 }
 _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "basedir": _basedir,
@@ -172,10 +170,10 @@ _VALUES: dict[str, Callable[[MountOptions, str], MountOptions]] = {
     "gid": _number("gid"),
     "poll": _number("poll", 10_000),
     "statfs": _one_of("statfs", "store", "image"),
-    "log": lambda options, value: replace(options, log=value),
+    "log": lambda options, value: options._replace(log=value),
     "backend": _one_of("backend", *BACKENDS),
     "session": _one_of("session", *SESSIONS),
-    "upperdir": lambda options, value: replace(options, upperdir=value),
-    "workdir": lambda options, value: replace(options, workdir=value),
-    "idmap": lambda options, value: replace(options, idmap=value),
+    "upperdir": lambda options, value: options._replace(upperdir=value),
+    "workdir": lambda options, value: options._replace(workdir=value),
+    "idmap": lambda options, value: options._replace(idmap=value),
 }

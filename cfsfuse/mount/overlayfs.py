@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from typing import TYPE_CHECKING
 
 from cfsfuse.errors import HostError
@@ -36,6 +37,22 @@ _NO_DESCRIPTORS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # as overlayfs 
 
 class TooOldError(Exception):
     """The kernel lacks a part of the new mount calls: fsopen(2) itself, or overlayfs' `lowerdir+`."""
+
+
+def takes_data_layers() -> bool:
+    """Return whether overlayfs has data-only layers, as parameters of their own (6.7).
+
+    Where it has them, it follows absolute redirects to them: they are good for nothing else.
+    """
+    try:
+        with Context("overlay") as context, closing(os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            if context.takes_anything():
+                return False
+            _set_layer(context, "lowerdir+", root)
+            _set_layer(context, "datadir+", root)
+    except (OSError, TooOldError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What this host has: tried out, not concluded from version numbers. Each problem comes with what would put it right.
 
-What a try changes, it changes in a child process with a mount namespace of its own, so nothing of it is left.
+What a try changes, it changes in a child process with a mount namespace of its own, so nothing of it is left. What only
+some tries need is imported there: a kernel mount takes less time than that.
 """
 
 from __future__ import annotations
@@ -9,34 +10,27 @@ import contextlib
 import errno
 import itertools
 import os
-import shutil
-import stat
-import tempfile
 from typing import TYPE_CHECKING
 
 from cfsfuse.basedirs import BaseDirectories
-from cfsfuse.erofs.writer import write
 from cfsfuse.errors import CfsError, HostError, ObjectError
-from cfsfuse.mount import kernel, namespaces, overlayfs, syscalls
-from cfsfuse.mount.fusemount import check_device
+from cfsfuse.mount import namespaces, overlayfs, syscalls
 from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
 from cfsfuse.mount.plan import UNTRIED, Fact
 from cfsfuse.mount.syscalls import Context, closing
-from cfsfuse.objects import Verification
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
-from cfsfuse.processes import fork
-from cfsfuse.tree import Directory, Entry, External, Stat
 from cfsfuse.verity.ioctl import Absence, absence, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from cfsfuse.erofs.reader import Reader
+    from cfsfuse.tree import External
 
 NOT_LOOKED_AT = "depends on the store: name an image and its basedir"
 _SAMPLE = 2048  # files in the reach of the sample of objects that are asked for their fs-verity
-_CONTENT = b"the kernel shows this file"
+_CONTENT = b"overlayfs shows this file"
 _ALL_WELL = b"\0"
 _IN_NAMESPACE = "in a user namespace, as cfsfuse run does"
 
@@ -86,6 +80,8 @@ class Host:
 
 
 def _with_digest(reader: Reader) -> Iterator[External]:
+    from cfsfuse.tree import External
+
     for _, inode in reader.walk():
         node = reader.node(inode) if inode.is_regular else None
         if isinstance(node, External) and node.digest is not None and node.path is not None:
@@ -192,19 +188,18 @@ def _make_redirected_file(lower: int, data: int) -> None:
 
 
 def _kernel_view() -> str | None:
-    """Let the kernel show a tree with one file, and read that."""
+    """Let the kernel show a tree with one file, and read that; where overlayfs has data-only layers, it need not."""
     problem = _erofs()
     if problem is not None:
         return UNTRIED + Fact.EROFS.value
+    if overlayfs.takes_data_layers():
+        return None
+    import tempfile
+
+    from cfsfuse.mount.trial import Trial
+
     with tempfile.TemporaryDirectory(prefix="cfsfuse-probe-") as directory:
-        image, objects, mountpoint = (os.path.join(directory, name) for name in ("image", "objects", "mnt"))
-        os.makedirs(os.path.join(objects, "aa"))
-        os.mkdir(mountpoint)
-        with open(os.path.join(objects, "aa/object"), "wb") as file:
-            file.write(_CONTENT)
-        with open(image, "wb") as file:
-            file.writelines(write(_tree()))
-        return _in_child(lambda: _read_through_kernel(image, objects, mountpoint))
+        return _in_child(Trial(directory).read)
 
 
 def _erofs() -> str | None:
@@ -223,25 +218,10 @@ _NO_EROFS = {
 }
 
 
-def _tree() -> Entry:
-    file = External(Stat(stat.S_IFREG | 0o644, 1, 0, 0, 0, len(_CONTENT), 0), {}, b"aa/object", None)
-    return Entry(Directory(Stat(stat.S_IFDIR | 0o755, 2, 0, 0, 0, 0, 0), {}), {b"file": Entry(file)})
-
-
-def _read_through_kernel(image: str, objects: str, mountpoint: str) -> None:
-    syscalls.unshare_mounts()
-    kernel.mount(image, mountpoint, MountOptions(basedir=(objects,), verification=Verification.OFF))
-    try:
-        with open(os.path.join(mountpoint, "file"), "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise HostError(f"this kernel's overlayfs does not follow a redirect: {error.strerror}") from None
-    if content != _CONTENT:
-        raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
-
-
 def _in_child(run: Callable[[], None]) -> str | None:
     """Run in a child process, whose namespaces go with it; return what it raises, as text."""
+    from cfsfuse.processes import fork
+
     reading, writing = os.pipe()
     pid = fork()
     if pid == 0:
@@ -263,6 +243,8 @@ def _in_child(run: Callable[[], None]) -> str | None:
 
 
 def _device() -> str | None:
+    from cfsfuse.mount.fusemount import check_device
+
     try:
         check_device()
     except HostError as error:
@@ -271,6 +253,8 @@ def _device() -> str | None:
 
 
 def _fuse_mount() -> str | None:
+    import shutil
+
     if has_sys_admin():
         return _mount()
     if shutil.which("fusermount3") is None:

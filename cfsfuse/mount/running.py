@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cfsfuse.errors import CfsError, HostError, UsageError
 from cfsfuse.mount import job, ladder, namespaces, syscalls, tree_root
-from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.mountinfo import mount_at
+from cfsfuse.mount.serving import Serving
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.mount.unmount import take_away
 from cfsfuse.processes import adopting
@@ -76,7 +76,7 @@ def run(image: str, options: MountOptions, layout: Layout, command: Sequence[str
         if has_scratch:
             stack.enter_context(_emptied(scratch))
         if layout.writable:
-            options = dataclasses.replace(options, upperdir=_made(scratch, "upper"), workdir=_made(scratch, "work"))
+            options = options._replace(upperdir=_made(scratch, "upper"), workdir=_made(scratch, "work"))
         place = _made(scratch, "tree") if layout.at is None else layout.at
         path = os.path.realpath(place)
         ladder.mount(image, place, options, Serving.TIED, explain)

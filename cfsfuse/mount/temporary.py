@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.errors import HostError
-from cfsfuse.mount.daemon import Serving
 from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.mount.plan import Backend, choose, judge
+from cfsfuse.mount.serving import Serving
 from cfsfuse.mount.unmount import take_away
 from cfsfuse.objects import Verification
 from cfsfuse.processes import Started, adopting, undisturbed
@@ -53,18 +52,18 @@ def offers(options: MountOptions, look: Callable[[Fact], str | None], named: Col
     to nobody. Raises HostError when one that is named cannot mount, with the reason and what would put it right.
     """
     is_demanded = options.verification is Verification.REQUIRED
-    unverified = options if is_demanded else replace(options, verification=Verification.OFF)
+    unverified = options if is_demanded else options._replace(verification=Verification.OFF)
     found = []
     for (backend, problems), (_, unmovable) in zip(judge(options, look), judge(unverified, look), strict=True):
         if named and backend.value not in named:
             continue
         if named and unmovable:
-            choose(replace(unverified, backend=backend.value), look)
+            choose(unverified._replace(backend=backend.value), look)
         if unmovable:
             found.append(Offer(backend, None, "; ".join(unmovable)))
         else:
             taken = unverified if problems else options
-            found.append(Offer(backend, replace(taken, backend=backend.value), "; ".join(problems) or None))
+            found.append(Offer(backend, taken._replace(backend=backend.value), "; ".join(problems) or None))
     return found
 
 
@@ -96,7 +95,7 @@ def _attempt(image: str, offer: Offer, directory: str, stack: contextlib.ExitSta
     if offer.options is None:
         return Attempt(offer.backend, None, offer.problem)
     mountpoint = os.path.join(directory, offer.backend.value)
-    options = replace(offer.options, log=offer.options.log or f"{mountpoint}.log")
+    options = offer.options._replace(log=offer.options.log or f"{mountpoint}.log")
     try:
         # An interrupt in the middle would leave a server that mounts when nobody is there to unmount any more.
         with undisturbed():

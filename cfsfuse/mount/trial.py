@@ -1,0 +1,48 @@
+"""A trial mount: an image with one file, whose content an object has, shown by the kernel."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from cfsfuse.erofs.writer import write
+from cfsfuse.errors import HostError
+from cfsfuse.mount import kernel, syscalls
+from cfsfuse.mount.options import MountOptions
+from cfsfuse.objects import Verification
+from cfsfuse.tree import Directory, Entry, External, Stat
+
+_CONTENT = b"the kernel shows this file"
+
+
+class Trial:
+    """What is to be mounted, in a directory of its own."""
+
+    def __init__(self, directory: str) -> None:
+        self._image, self._objects, self._mountpoint = (
+            os.path.join(directory, name) for name in ("image", "objects", "mnt")
+        )
+        os.makedirs(os.path.join(self._objects, "aa"))
+        os.mkdir(self._mountpoint)
+        with open(os.path.join(self._objects, "aa/object"), "wb") as file:
+            file.write(_CONTENT)
+        with open(self._image, "wb") as file:
+            file.writelines(write(_tree()))
+
+    def read(self) -> None:
+        """Mount it in a mount namespace of this process, and read the file; raise HostError when that is not right."""
+        syscalls.unshare_mounts()
+        options = MountOptions(basedir=(self._objects,), verification=Verification.OFF)
+        kernel.mount(self._image, self._mountpoint, options)
+        try:
+            with open(os.path.join(self._mountpoint, "file"), "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise HostError(f"this kernel's overlayfs does not follow a redirect: {error.strerror}") from None
+        if content != _CONTENT:
+            raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
+
+
+def _tree() -> Entry:
+    file = External(Stat(stat.S_IFREG | 0o644, 1, 0, 0, 0, len(_CONTENT), 0), {}, b"aa/object", None)
+    return Entry(Directory(Stat(stat.S_IFDIR | 0o755, 2, 0, 0, 0, 0, 0), {}), {b"file": Entry(file)})
