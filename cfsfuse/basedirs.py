@@ -84,6 +84,8 @@ class Descriptor:
         while rest:
             count = self._preadv(path, rest, offset + length - len(rest), wait=wait)
             if not count:
+                if not wait:  # Linux 5.10 says that, too, of what is still on its way from the disk
+                    raise would_block()
                 raise ObjectUnusable(path, f"has nothing at byte {offset + length - len(rest)}: it has been truncated")
             rest = rest[count:]
         return data
