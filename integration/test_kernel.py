@@ -21,7 +21,7 @@ import pytest
 from cfsfuse.contract import justified
 from cfsfuse.contract.checks import CHECKS
 from cfsfuse.contract.entries import walk
-from cfsfuse.errors import CfsError, UsageError
+from cfsfuse.errors import CfsError, HostError, UsageError
 from cfsfuse.fstype import file_system_type
 from cfsfuse.mount import kernel, syscalls
 from cfsfuse.mount.mountinfo import mount_at
@@ -591,6 +591,20 @@ def test_a_thousand_mounts_leave_nothing_behind(place: Place) -> None:
     place.check_nothing_left()
 
 
+def test_nothing_of_the_store_shows(made: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without data-only layers, whose store is merged with the image: the directories of objects are hidden there."""
+    options = MountOptions(basedir=(made.store,), verification=Verification.OFF)
+    place = Place(made, made.image, options, made.directory("tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", place.temporary)
+    _without_data_only_layers(monkeypatch)
+    place.mount()
+    place.check_and_unmount()
+    os.mkdir(f"{made.store}/.merkle")
+    with pytest.raises(HostError, match=re.escape(f"{made.store}/.merkle would show in the tree")):
+        place.mount()
+    place.check_nothing_left()
+
+
 def test_a_hundred_mounts_by_turns(made: Stage) -> None:
     """In one process, which has the same descriptors afterwards, whatever became of each mount."""
     options = MountOptions(basedir=(made.store,), verification=Verification.OFF)
@@ -824,7 +838,16 @@ def test_doctor_in_json(made: Stage) -> None:
     document = json.loads(done.stdout)
     assert list(document) == ["kernel", "facts", "backends"]
     assert document["kernel"] == os.uname().release
-    facts = ["erofs", "mount", "kernel_view", "user_overlay", "user_overlay_data", "overlay_verity", "objects_verity"]
+    facts = [
+        "erofs",
+        "mount",
+        "kernel_view",
+        "data_layers",
+        "user_overlay",
+        "user_overlay_data",
+        "overlay_verity",
+        "objects_verity",
+    ]
     assert list(document["facts"]) == [*facts, "fuse", "fuse_mount", "namespaces"]
     assert document["facts"]["kernel_view"] is None
     assert document["facts"]["objects_verity"].startswith("object ")

@@ -374,7 +374,7 @@ def opened_before(store: Store, content: bytes) -> tuple[External, ObjectStore]:
 def test_file_that_is_not_in_memory_is_not_waited_for(
     store: Store, content: bytes, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What preadv2 says of a cold file, of a file system without RWF_NOWAIT, of a file that is partly cold; and 5.10."""
+    """What preadv2 says of a cold file, of a file system without RWF_NOWAIT, of a file partly cold; and Linux 5.10."""
     node, objects = opened_before(store, content)
     preadv = os.preadv
 

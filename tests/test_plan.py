@@ -17,6 +17,9 @@ ROOT_WITHOUT_VERITY = ALL - VERITY
 ORDINARY = frozenset((Fact.FUSE, Fact.FUSE_MOUNT))
 ORDINARY_WITH_VERITY = ALL - {Fact.EROFS, Fact.MOUNT, Fact.KERNEL_VIEW}
 NAMESPACE = ALL - {Fact.KERNEL_VIEW}
+BEFORE_6_5 = ALL - {Fact.DATA_LAYERS, Fact.OVERLAY_VERITY, Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
+KERNEL_FACTS = [Fact.EROFS, Fact.KERNEL_VIEW, Fact.DATA_LAYERS]
+KERNEL_VERITY_FACTS = [Fact.EROFS, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.KERNEL_VIEW, Fact.DATA_LAYERS]
 BEFORE_6_16 = {Fact.USER_OVERLAY_DATA}
 BEFORE_5_11 = {Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
 LAYERS = "upperdir=/u,workdir=/w"
@@ -50,7 +53,9 @@ IDMAP = "idmap= is not for it"
     [
         ("noverity", ALL, KERNEL),
         ("noverity", ROOT_WITHOUT_VERITY, KERNEL),
-        ("noverity", frozenset((Fact.EROFS, Fact.KERNEL_VIEW)), KERNEL),
+        ("noverity", frozenset(KERNEL_FACTS), KERNEL),
+        ("noverity", BEFORE_6_5, FUSE),
+        ("noverity,backend=kernel", BEFORE_6_5, KERNEL),
         ("noverity", NAMESPACE, OVERLAY),
         ("noverity", NAMESPACE - VERITY, OVERLAY),
         ("noverity", NAMESPACE - {Fact.FUSE_MOUNT, Fact.USER_OVERLAY}, OVERLAY),
@@ -185,8 +190,6 @@ def test_in_the_foreground_is_a_server_unless_the_kernel_is_named(
     assert choose(parse(options), Facts(has).look, foreground=True) is backend
 
 
-KERNEL_FACTS = [Fact.EROFS, Fact.KERNEL_VIEW]
-KERNEL_VERITY_FACTS = [Fact.EROFS, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.KERNEL_VIEW]
 OVERLAY_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY_DATA]
 OVERLAY_VERITY_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.USER_OVERLAY_DATA]
 FUSE_FACTS = [Fact.FUSE, Fact.FUSE_MOUNT]
@@ -197,10 +200,11 @@ WRITABLE_FUSE_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY]
     ("options", "has", "seen"),
     [
         ("noverity", ALL, KERNEL_FACTS),
-        ("noverity", NAMESPACE, [*KERNEL_FACTS, *OVERLAY_FACTS]),
+        ("noverity", NAMESPACE, [*KERNEL_FACTS[:2], *OVERLAY_FACTS]),
+        ("noverity", BEFORE_6_5, [*KERNEL_FACTS, *OVERLAY_FACTS, *FUSE_FACTS]),
         ("noverity", ORDINARY, [Fact.EROFS, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
         ("", ALL, KERNEL_VERITY_FACTS),
-        ("", NAMESPACE, [*KERNEL_VERITY_FACTS, *OVERLAY_VERITY_FACTS]),
+        ("", NAMESPACE, [*KERNEL_VERITY_FACTS[:4], *OVERLAY_VERITY_FACTS]),
         ("", ROOT_WITHOUT_VERITY, [*KERNEL_VERITY_FACTS[:2], *OVERLAY_VERITY_FACTS[:3], *FUSE_FACTS]),
         ("", ALL - {Fact.OBJECTS_VERITY}, [*KERNEL_VERITY_FACTS[:3], *OVERLAY_VERITY_FACTS[:4], *FUSE_FACTS]),
         ("", ORDINARY, [Fact.EROFS, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
@@ -210,7 +214,7 @@ WRITABLE_FUSE_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY]
         (f"backend=fuse,{LAYERS}", ALL, WRITABLE_FUSE_FACTS),
         ("backend=overlay,noverity", ALL, OVERLAY_FACTS),
         ("backend=overlay", ALL, OVERLAY_VERITY_FACTS),
-        ("backend=kernel,noverity", ALL, KERNEL_FACTS),
+        ("backend=kernel,noverity", ALL, KERNEL_FACTS[:2]),
     ],
 )
 def test_no_more_is_looked_at_than_needed_and_the_cheap_first(
@@ -255,7 +259,7 @@ def needed(backend: Backend, *, verified: bool, writable: bool) -> set[Fact]:
     """Return what the table of backends says, without any order."""
     verity = VERITY if verified else set()
     return {
-        KERNEL: {Fact.EROFS, Fact.KERNEL_VIEW} | verity,
+        KERNEL: set(KERNEL_FACTS) | verity,
         OVERLAY: {Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY_DATA} | verity,
         FUSE: {Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY} if writable else {Fact.FUSE, Fact.FUSE_MOUNT},
     }[backend]

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,6 @@ from cfsfuse.errors import HostError
 from cfsfuse.mount import fusemount, kernel, overlayfs, probe, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
-from cfsfuse.mount.syscalls import Context
 from cfsfuse.mount.trial import Trial
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.ioctl import Absence, Measured
@@ -28,9 +28,9 @@ from tests.support import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from cfsfuse.mount.layers import Layers
+    from cfsfuse.mount.options import MountOptions
 
 
 def refusing(number: int, *, at: str = "__init__") -> type[syscalls.Context]:
@@ -74,7 +74,7 @@ def test_a_try_that_fails_otherwise_is_a_problem_and_no_end(fact: Fact, monkeypa
 def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSE needs none: the mount goes on with that."""
     monkeypatch.setattr(probe, "_erofs", lambda: None)
-    monkeypatch.setattr(overlayfs, "takes_data_layers", lambda: False)
+    monkeypatch.setattr(overlayfs, "has_data_layers", lambda: False)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at all")
     assert Host().look(Fact.KERNEL_VIEW) == "cannot be tried out: No such file or directory"
 
@@ -274,35 +274,40 @@ def test_the_trial_is_what_the_reader_shows(tmp_path: Path) -> None:
         assert image.read("/file") == b"the kernel shows this file"
 
 
-@pytest.mark.parametrize("takes", [True, False])
-def test_a_trial_is_made_where_overlayfs_has_no_data_layers(monkeypatch: pytest.MonkeyPatch, *, takes: bool) -> None:
+@pytest.mark.parametrize("fact", [Fact.KERNEL_VIEW, Fact.DATA_LAYERS])
+@pytest.mark.parametrize("has", [True, False])
+def test_a_trial_is_made_where_overlayfs_has_no_data_layers(
+    monkeypatch: pytest.MonkeyPatch, fact: Fact, *, has: bool
+) -> None:
     tried: list[str] = []
     monkeypatch.setattr(probe, "_erofs", lambda: None)
-    monkeypatch.setattr(overlayfs, "takes_data_layers", lambda: takes)
+    monkeypatch.setattr(overlayfs, "has_data_layers", lambda: has)
     monkeypatch.setattr(probe, "_in_child", lambda _: tried.append("trial"))
-    assert Host().look(Fact.KERNEL_VIEW) is None
-    assert tried == ([] if takes else ["trial"])
+    assert Host().look(fact) is None
+    assert tried == ([] if has else ["trial"])
 
 
-@pytest.mark.parametrize("age", ["6.7", "6.5", "5.10", "none"])
-def test_data_layers_are_parameters_of_their_own(monkeypatch: pytest.MonkeyPatch, age: str) -> None:
-    class Overlay(Context):
-        """Takes what overlayfs of that age does."""
+def test_a_merged_root_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has one link, in overlayfs, whatever it holds; that of an image has two at least."""
+    monkeypatch.setattr(syscalls, "unshare_mounts", lambda: None)
+    monkeypatch.setattr(kernel, "mount", lambda *_: None)
+    Trial(str(tmp_path)).look()
 
-        def __init__(self, fstype: str) -> None:
-            assert fstype == "overlay"
-            if age == "none":
-                raise OSError(errno.ENODEV, "No such device")
-            self._fd = os.open("/dev/null", os.O_RDONLY)
+    def mount(_image: str, mountpoint: str, _options: MountOptions) -> None:
+        os.rmdir(mountpoint)
+        Path(mountpoint).touch()  # what has one link, and can be made by everybody
 
-        def set(self, key: str, value: str | int | None = None) -> None:
-            assert value is not None
-            if age == "5.10" or (age == "6.7" and key in ("lowerdir+", "datadir+")):
-                return
-            raise OSError(errno.EINVAL, "Invalid argument")
+    monkeypatch.setattr(kernel, "mount", mount)
+    with pytest.raises(HostError, match=r"merges image and store.* --backend=kernel mounts it so"):
+        Trial(str(tmp_path / "another")).look()
 
-    monkeypatch.setattr(overlayfs, "Context", Overlay)
-    assert overlayfs.takes_data_layers() is (age == "6.7")
+
+@pytest.mark.parametrize(("at", "has"), [("set", True), ("takes_anything", False), ("__init__", False)])
+def test_overlayfs_that_reads_parameters_as_they_come_has_data_layers(
+    monkeypatch: pytest.MonkeyPatch, at: str, *, has: bool
+) -> None:
+    monkeypatch.setattr(overlayfs, "Context", refusing(errno.EINVAL, at=at))
+    assert overlayfs.has_data_layers() is has
 
 
 # The objects ----------------------------------------------------------------------------------------------------------

@@ -185,6 +185,24 @@ def _mount_above(metadata: AbstractContextManager[int], layers: Layers, mountpoi
         syscalls.move_mount(mount, mountpoint)
 
 
+def _check_nothing_shows(metadata: int, basedir: tuple[str, ...]) -> None:
+    """Raise HostError when the store has a name that the image's root does not hide.
+
+    Without data-only layers the two are merged. What hides a name is an entry that is no directory: images have one for
+    each directory of objects.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with closing(os.open(".", flags, dir_fd=metadata)) as root, os.scandir(root) as entries:
+        hidden = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
+    for directory in basedir:
+        shown = sorted(set(os.listdir(directory)) - hidden)
+        if shown:
+            raise HostError(
+                f"{os.path.join(directory, shown[0])} would show in the tree: overlayfs of this kernel merges image "
+                "and store, for data-only layers need Linux 6.5; --backend=fuse does without them"
+            )
+
+
 def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
     """Mount by mount(2). The layers go in as magic links to descriptors, which need no escaping."""
     verity = overlayfs.VERITY[options.verification]
@@ -206,5 +224,6 @@ def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: 
                     raise
                 if verity:
                     raise HostError(overlayfs.NO_VERITY) from None
+                _check_nothing_shows(lower, options.basedir)
             else:
                 return

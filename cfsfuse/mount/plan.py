@@ -34,6 +34,7 @@ class Fact(Enum):
     EROFS = "EROFS mounts"
     MOUNT = "mounts without a helper"
     KERNEL_VIEW = "kernel mounts of composefs images"
+    DATA_LAYERS = "kernel mounts, data-only layers"
     USER_OVERLAY = "overlayfs with user.* xattrs"
     USER_OVERLAY_DATA = "the same with data-only layers"
     OVERLAY_VERITY = "overlayfs that verifies"
@@ -126,3 +127,5 @@ def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
     if options.verification is not Verification.OFF:
         yield from (Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY)
     yield Fact.KERNEL_VIEW if backend is Backend.KERNEL else Fact.USER_OVERLAY_DATA
+    if backend is Backend.KERNEL and options.backend == AUTO:  # what else it shows is for who names it to know
+        yield Fact.DATA_LAYERS

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from cfsfuse.erofs.reader import Reader
+    from cfsfuse.mount.trial import Trial
     from cfsfuse.tree import External
 
 NOT_LOOKED_AT = "depends on the store: name an image and its basedir"
@@ -188,18 +189,28 @@ def _make_redirected_file(lower: int, data: int) -> None:
 
 
 def _kernel_view() -> str | None:
-    """Let the kernel show a tree with one file, and read that; where overlayfs has data-only layers, it need not."""
-    problem = _erofs()
-    if problem is not None:
+    """Let the kernel show a tree with one file, and read that."""
+    return _try_kernel(lambda trial: trial.read())
+
+
+def _data_layers() -> str | None:
+    """Let the kernel show a tree, and look whether it is merged with the store."""
+    return _try_kernel(lambda trial: trial.look())
+
+
+def _try_kernel(look: Callable[[Trial], None]) -> str | None:
+    """Look at a trial mount, but where overlayfs has data-only layers: to follow redirects to them is all they do."""
+    if _erofs() is not None:
         return UNTRIED + Fact.EROFS.value
-    if overlayfs.takes_data_layers():
+    if overlayfs.has_data_layers():
         return None
     import tempfile
 
     from cfsfuse.mount.trial import Trial
 
     with tempfile.TemporaryDirectory(prefix="cfsfuse-probe-") as directory:
-        return _in_child(Trial(directory).read)
+        trial = Trial(directory)
+        return _in_child(lambda: look(trial))
 
 
 def _erofs() -> str | None:
@@ -272,6 +283,7 @@ _TRIES = {
     Fact.EROFS: _erofs,
     Fact.MOUNT: _mount,
     Fact.KERNEL_VIEW: _kernel_view,
+    Fact.DATA_LAYERS: _data_layers,
     Fact.USER_OVERLAY: _user_overlay,
     Fact.USER_OVERLAY_DATA: _user_overlay_data,
     Fact.OVERLAY_VERITY: _overlay_verity,

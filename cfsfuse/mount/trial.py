@@ -16,7 +16,7 @@ _CONTENT = b"the kernel shows this file"
 
 
 class Trial:
-    """What is to be mounted, in a directory of its own."""
+    """What is to be mounted, in a directory of its own; this process gets a mount namespace of its own for it."""
 
     def __init__(self, directory: str) -> None:
         self._image, self._objects, self._mountpoint = (
@@ -30,10 +30,8 @@ class Trial:
             file.writelines(write(_tree()))
 
     def read(self) -> None:
-        """Mount it in a mount namespace of this process, and read the file; raise HostError when that is not right."""
-        syscalls.unshare_mounts()
-        options = MountOptions(basedir=(self._objects,), verification=Verification.OFF)
-        kernel.mount(self._image, self._mountpoint, options)
+        """Read the file; raise HostError when that is not right."""
+        self._mount()
         try:
             with open(os.path.join(self._mountpoint, "file"), "rb") as file:
                 content = file.read()
@@ -41,6 +39,20 @@ class Trial:
             raise HostError(f"this kernel's overlayfs does not follow a redirect: {error.strerror}") from None
         if content != _CONTENT:
             raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
+
+    def look(self) -> None:
+        """Look at the root; raise HostError when it is not the image's own."""
+        self._mount()
+        if os.stat(self._mountpoint).st_nlink == 1:
+            raise HostError(
+                "overlayfs of this kernel merges image and store, and has other numbers of inodes and links, for "
+                "data-only layers need Linux 6.5; --backend=kernel mounts it so"
+            )
+
+    def _mount(self) -> None:
+        syscalls.unshare_mounts()
+        options = MountOptions(basedir=(self._objects,), verification=Verification.OFF)
+        kernel.mount(self._image, self._mountpoint, options)
 
 
 def _tree() -> Entry:
