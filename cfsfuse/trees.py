@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cfsfuse.basedirs import BaseDirectories
+    from cfsfuse.verity.merkle import HashBlocks
 
 log = logging.getLogger(__name__)
 
-_KEPT_TREES = 128  # each with at most 32 hash blocks of 4096 bytes
+_KEPT_TREES = 128
+_KEPT_HASH_BLOCKS = 2048  # of 4096 bytes, of all trees
 _KEPT_VERDICTS = 1024
 
 
@@ -106,6 +108,7 @@ class TreeStore:
         self._cache = cache
         self._cache_fd = _open_cache(cache)
         self._trees: Lru[Key, tuple[VerifiedTree, TreeFile]] = Lru(_KEPT_TREES)
+        self._hash_blocks: HashBlocks = Lru(_KEPT_HASH_BLOCKS)
         self._damaged: Lru[Key, dict[str, TreeFile]] = Lru(_KEPT_TREES)
         # The digest of an object for which no tree could be made: that stays true until the object changes.
         self._hopeless: Lru[Key, tuple[Signature, bytes]] = Lru(_KEPT_VERDICTS)
@@ -161,7 +164,7 @@ class TreeStore:
             file = None if place.label in (self._damaged.get(key) or ()) else TreeFile.open(place, geometry.tree_size)
             if file is None:
                 continue
-            tree = VerifiedTree(geometry, key.digest, file.read)
+            tree = VerifiedTree(geometry, key.digest, file.read, self._hash_blocks)
             try:
                 tree.hash_block(len(geometry.level_blocks) - 1, 0)
             except TreeMismatch as mismatch:
@@ -199,7 +202,7 @@ class TreeStore:
                     raise
                 # No space for temporary files, most likely.
                 raise ObjectUnusable(key.path, f"its Merkle tree cannot be computed: {error.strerror}") from None
-            tree = VerifiedTree(geometry, key.digest, file.read)
+            tree = VerifiedTree(geometry, key.digest, file.read, self._hash_blocks)
             self._trees.put(key, (tree, file))
             return tree, file
 

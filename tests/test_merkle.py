@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cfsfuse.errors import TreeMismatch
+from cfsfuse.lru import Lru
 from cfsfuse.verity.digest import ALGORITHMS, SHA256, file_digest
 from cfsfuse.verity.merkle import Geometry, VerifiedTree, build, content_digest, leaf_hashes, salvage
 from tests.support import random_bytes, tree_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cfsfuse.verity.digest import Algorithm
+    from cfsfuse.verity.merkle import HashBlocks
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -120,6 +122,7 @@ class Tree:
         tree, root_hash = tree_of(self.content, algorithm)
         self.data = bytearray(tree)
         self.digest = file_digest(algorithm, len(self.content), root_hash)
+        self.kept: HashBlocks = Lru(32)
         self.reads = 0
         self.waits: list[bool] = []
 
@@ -129,7 +132,7 @@ class Tree:
         return bytes(self.data[offset : offset + length])
 
     def verified(self) -> VerifiedTree:
-        return VerifiedTree(self.geometry, self.digest, self.read)
+        return VerifiedTree(self.geometry, self.digest, self.read, self.kept)
 
     def damage(self, level: int, index: int, byte: int = 0) -> None:
         self.data[self.geometry.offset(level, index) + byte] ^= 0x40
@@ -205,9 +208,20 @@ def test_hash_blocks_of_another_place_are_not_accepted() -> None:
 @pytest.mark.parametrize("change", [-1, 1, -4096])
 def test_tree_of_a_file_of_another_size_is_not_accepted(change: int) -> None:
     tree = Tree(SHA256, 400)
-    other = VerifiedTree(Geometry(SHA256, tree.geometry.size + change), tree.digest, tree.read)
-    with pytest.raises(TreeMismatch):
-        other.leaves(0, 1)
+    other = VerifiedTree(Geometry(SHA256, tree.geometry.size + change), tree.digest, tree.read, tree.kept)
+    for _ in range(2):
+        with pytest.raises(TreeMismatch):
+            other.leaves(0, 1)
+        tree.verified().leaves(0, 1)  # what is kept of the right size is none of the other's
+
+
+def test_hash_blocks_are_kept_for_whoever_uses_the_same_tree() -> None:
+    tree = Tree(SHA256, 128 * 3)
+    tree.verified().leaves(0, 128 * 3)
+    before = tree.reads
+    assert before == 4
+    tree.verified().leaves(0, 128 * 3)
+    assert tree.reads == before
 
 
 def test_hash_blocks_kept_are_bounded() -> None:
@@ -249,7 +263,7 @@ class Salvage:
 
     def readable(self) -> list[int]:
         """Return which of the five groups of 128 data blocks can be verified."""
-        verified = VerifiedTree(self.tree.geometry, self.tree.digest, self.read)
+        verified = VerifiedTree(self.tree.geometry, self.tree.digest, self.read, Lru(32))
         groups = []
         for group in range(5):
             first = group * 128
@@ -302,5 +316,6 @@ def test_salvage_remakes_the_top_from_a_sound_level_below() -> None:
 def test_waiting_is_passed_on_to_the_reading_of_the_tree() -> None:
     tree = Tree(SHA256, 400)
     tree.verified().leaves(0, 1, wait=False)
+    tree.kept.clear()
     tree.verified().leaves(0, 1)
     assert tree.waits == [False, False, True, True]

@@ -9,7 +9,7 @@ https://docs.kernel.org/filesystems/fsverity.html#merkle-tree
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cfsfuse.errors import TreeMismatch
 from cfsfuse.lru import Lru
@@ -26,10 +26,6 @@ class TreeBytes(Protocol):
 
     def __call__(self, offset: int, length: int, *, wait: bool = True) -> bytes: ...
 
-
-# Verified hash blocks kept for a tree: each covers 512 KiB of data (sha256), and loading one again costs a read of 4096
-# bytes and one hash.
-_KEPT_HASH_BLOCKS = 32
 
 # From as many blocks on they are hashed side by side: that takes the same time for one as for 16.
 _SIDE_BY_SIDE = 4
@@ -142,6 +138,13 @@ class _Builder:
         self._pending[level + 1] += self._geometry.algorithm.new(block).digest()
 
 
+HashBlocks: TypeAlias = Lru[tuple[bytes, int, int, int], bytes]
+"""Verified hash blocks by digest and size of the file, level and index: those two say what is in them.
+
+Each covers 512 KiB of data (sha256); having it anew costs a read of 4096 bytes and a hash.
+"""
+
+
 class VerifiedTree:
     """A recorded tree from which only verified hash blocks are used.
 
@@ -149,21 +152,25 @@ class VerifiedTree:
     the digest made from it is the expected one.
     """
 
-    def __init__(self, geometry: Geometry, digest: bytes, read: TreeBytes) -> None:
-        """Use the tree that `read` gives for the file of `geometry` whose fs-verity digest is `digest`."""
+    def __init__(self, geometry: Geometry, digest: bytes, read: TreeBytes, kept: HashBlocks) -> None:
+        """Use the tree that `read` gives for the file of `geometry` whose fs-verity digest is `digest`.
+
+        `kept` is where verified hash blocks are kept, those of other trees too.
+        """
         self.geometry = geometry
         self.digest = digest
         self._read = read
-        self._kept: Lru[tuple[int, int], bytes] = Lru(_KEPT_HASH_BLOCKS)
+        self._kept = kept
 
     def hash_block(self, level: int, index: int, *, wait: bool = True) -> bytes:
         """Return a verified hash block; raise TreeMismatch when the recorded one is wrong."""
-        block = self._kept.get((level, index))
+        key = (self.digest, self.geometry.size, level, index)
+        block = self._kept.get(key)
         if block is None:
             block = self._read(self.geometry.offset(level, index), BLOCK_SIZE, wait=wait)
             if not self._is_genuine(level, index, block, wait=wait):
                 raise TreeMismatch(level, index)
-            self._kept.put((level, index), block)
+            self._kept.put(key, block)
         return block
 
     def wrong_block(self, first: int, data: Bytes, expected: bytes | None = None) -> tuple[int, bytes, bytes] | None:
