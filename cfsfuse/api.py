@@ -32,9 +32,10 @@ from cfsfuse.imagefile import naming
 from cfsfuse.imagefile import open_image as read_image_file
 from cfsfuse.mount.places import tree_cache
 from cfsfuse.mount.unmount import unmount
-from cfsfuse.objects import ObjectStore, Verification
+from cfsfuse.objects import ObjectStore
 from cfsfuse.tree import Device, Directory, Entry, External, Inline, Link, Node, Sparse, Stat, Symlink
 from cfsfuse.trees import TreeStore
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import ALGORITHMS, SHA256
 from cfsfuse.verity.merkle import content_digest
 

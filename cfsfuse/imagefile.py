@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING
 from cfsfuse.erofs.image import Image
 from cfsfuse.erofs.ondisk import BLOCK_SIZE
 from cfsfuse.errors import HostError, ImageDigestMismatch, ImageError
-from cfsfuse.verity.digest import ALGORITHMS
-from cfsfuse.verity.merkle import content_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,6 +112,9 @@ def _memfd() -> int:
 
 def check_digest(path: str, content: mmap.mmap | bytes, expected: str) -> None:
     """Raise ImageDigestMismatch unless `content` has the fs-verity digest `expected`."""
+    from cfsfuse.verity.digest import ALGORITHMS
+    from cfsfuse.verity.merkle import content_digest
+
     algorithm = ALGORITHMS["sha256" if len(expected) == 64 else "sha512"]
     found = content_digest(algorithm, content).hex()
     if found != expected:

@@ -10,7 +10,6 @@ and dropped at will.
 
 from __future__ import annotations
 
-import enum
 import errno
 import functools
 import gc
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from cfsfuse.basedirs import BaseDirectories, Descriptor, Key, Signature
 from cfsfuse.errors import DigestMismatch, ObjectError, ObjectUnusable
 from cfsfuse.lru import Lru
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import ALGORITHMS, BLOCK_SIZE
 from cfsfuse.verity.ioctl import measure
 from cfsfuse.verity.merkle import content_digest
@@ -37,14 +37,6 @@ _CONTENT_BUDGET = 16 << 20  # bytes of verified small files
 _CONTENT_OVERHEAD = 500  # bytes that an entry costs besides its content
 _KNOWN_GOOD = 16384  # small objects remembered as verified; about 500 bytes each
 _SPARE_DESCRIPTORS = 256  # of the limit, for everything that is not an object: trees, sockets, what a thread holds
-
-
-class Verification(enum.Enum):
-    """How much is verified; the values are the mount options."""
-
-    OFF = "noverity"
-    RECORDED = "tryverity"
-    REQUIRED = "verity"
 
 
 class Load(Protocol):

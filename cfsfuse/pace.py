@@ -19,7 +19,10 @@ _WEIGHT = 1 / 8
 
 
 class Pace:
-    """The recent pace of the reads that had to wait: a moving average, which a slow one sets back at once."""
+    """The recent pace of the reads that were waited for, be it in vain: a moving average.
+
+    A slow one sets it back at once, whatever else has come from memory.
+    """
 
     def __init__(self, *, may_be_fast: bool = True) -> None:
         """Start slow, until there is evidence of the contrary; without `may_be_fast` there never is."""

@@ -153,7 +153,7 @@ class TreeStore:
                 self._disown(key, file, mismatch)
 
     def _find(self, key: Key, descriptor: Descriptor, *, wait: bool, compute: bool) -> tuple[VerifiedTree, TreeFile]:
-        """Return a tree whose top block is right, or compute one."""
+        """Return a tree whose top block is right, unless that of the same file is known already; or compute one."""
         hopeless = self._hopeless.get(key)
         if hopeless is not None and hopeless[0] == descriptor.signature:
             raise DigestMismatch(key.path, None, key.digest, hopeless[1])
@@ -188,7 +188,7 @@ class TreeStore:
     def _compute(self, key: Key, descriptor: Descriptor) -> tuple[VerifiedTree, TreeFile]:
         """Return, and keep, a tree built from the object, or what can be put together of that and damaged ones.
 
-        One thread at a time: a second hashing thread would make both slower.
+        One thread at a time: who needs the same tree shall not compute it too, and by hashlib two threads are slower.
         """
         with self._computing:
             kept = self._trees.get(key)

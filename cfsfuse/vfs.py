@@ -1,8 +1,8 @@
 """The read-only file system: the tree of a reader, the bytes of an object store. It knows nothing of pyfuse3.
 
-Metadata is in memory and never waits, so its methods are plain. What may need a disk is tried without waiting first;
-when it would wait, one of a bounded number of worker threads does it, unless the disk is known to be faster than that
-(`pace.py`). The hashing comes back to the event loop, where it is faster than in a second thread.
+Metadata is in memory and never waits, so its methods are plain. What may need a disk is tried without waiting first,
+and when it would wait, one of a bounded number of worker threads does it; unless the disk is known to be faster than
+that (`pace.py`). The hashing comes back to the event loop, where it is faster than in a second thread.
 """
 
 from __future__ import annotations
@@ -95,14 +95,12 @@ class Vfs:
     def lookup(self, parent: int, name: bytes) -> Inode | None:
         """Return what `name` is in the directory `parent`, None when it is absent.
 
-        The names of a small directory are kept, from the second look-up in it on: most look-ups are of names that are
-        not there, and many.
+        Small directories are read once and kept: most look-ups are of names that are not there, and many.
         """
         names = self._names.get(parent)
-        if not names:
+        if names is None:
             directory = self.inode(parent)
-            if names is None or self.reader.block_count(directory) > 1:
-                self._names.put(parent, {})
+            if self.reader.block_count(directory) > 1:
                 return self.reader.lookup(directory, name)
             names = {known: nid for known, nid, _ in self.reader.block(directory, 0)}
             self._names.put(parent, names, len(names) + 1)

@@ -26,8 +26,10 @@ from cfsfuse.fstype import file_system_type
 from cfsfuse.mount import kernel, syscalls
 from cfsfuse.mount.mountinfo import mount_at
 from cfsfuse.mount.options import MountOptions
+from cfsfuse.mount.plan import Fact
+from cfsfuse.mount.probe import Host
 from cfsfuse.mount.unmount import unmount
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 from integration.conftest import ROOT
 from integration.holding import Pair, hold, missing_objects, oracle_mount
 from integration.mounts import (
@@ -332,9 +334,8 @@ def test_an_idmap_that_is_no_user_namespace(made: Stage) -> None:
 
 
 def test_the_user_namespace_of_the_mount_maps_nothing(made: Stage) -> None:
-    refused(
-        made, IMPOSSIBLE, f"{made.mountpoint}: the kernel does not mount this: .*", *KERNEL, "idmap=/proc/self/ns/user"
-    )
+    expected = "idmap=: the kernel does not map owners so: Operation not permitted; .*"
+    refused(made, IMPOSSIBLE, expected, *KERNEL, "idmap=/proc/self/ns/user")
 
 
 def test_layers_that_overlayfs_does_not_take(made: Stage) -> None:
@@ -599,10 +600,22 @@ def test_nothing_of_the_store_shows(made: Stage, monkeypatch: pytest.MonkeyPatch
     _without_data_only_layers(monkeypatch)
     place.mount()
     place.check_and_unmount()
-    os.mkdir(f"{made.store}/.merkle")
-    with pytest.raises(HostError, match=re.escape(f"{made.store}/.merkle would show in the tree")):
-        place.mount()
+    # A directory that both have would be merged: it hides nothing.
+    for name in (".merkle", "dir"):
+        os.mkdir(f"{made.store}/{name}")
+        with pytest.raises(HostError, match=re.escape(f"{made.store}/{name} would show in the tree")):
+            place.mount()
+        os.rmdir(f"{made.store}/{name}")
     place.check_nothing_left()
+
+
+@pytest.mark.parametrize(("age", "merged"), [("newest", False), ("before-6.5", False), ("without-data-only", True)])
+def test_a_merged_view_is_told(monkeypatch: pytest.MonkeyPatch, age: str, *, merged: bool) -> None:
+    AGES[age](monkeypatch)
+    host = Host()
+    assert host.look(Fact.KERNEL_VIEW) is None
+    problem = host.look(Fact.DATA_LAYERS)
+    assert (problem is not None and problem.startswith("overlayfs of this kernel merges image and store")) is merged
 
 
 def test_a_hundred_mounts_by_turns(made: Stage) -> None:

@@ -200,6 +200,21 @@ def test_umount_8_ends_the_daemon() -> None:
 
 
 @both_users
+@pytest.mark.parametrize("words", [(), ("--lazy",)])
+def test_a_server_that_hangs_can_be_unmounted(user: User | None, words: tuple[str, ...]) -> None:
+    with image(user) as made:
+        daemon = made.mount()
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            done = made.run(CFSFUSE, "umount", *words, made.mountpoint + "/")
+            assert (done.returncode, done.stderr) == (0, "")
+            assert mount_at(made.mountpoint) is None
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        eventually(made.is_clean, "the daemon's end")
+
+
+@both_users
 def test_fusermount_ends_the_daemon(user: User | None) -> None:
     with image(user) as made:
         made.mount()
@@ -254,7 +269,7 @@ def test_a_second_mount_on_the_same_mountpoint_is_refused(user: User | None) -> 
 
 
 def test_umount_of_what_is_not_ours(made: Stage) -> None:
-    for mountpoint, reason in ((made.mountpoint, "nothing is mounted here"), ("/proc", "a proc mount")):
+    for mountpoint, reason in ((made.mountpoint, "nothing is mounted here"), ("/proc", "a mount of type proc")):
         done = made.run(CFSFUSE, "umount", mountpoint)
         assert done.returncode == 2
         assert re.fullmatch(f"cfsfuse: {mountpoint}: {reason}.*\n", done.stderr)

@@ -21,9 +21,10 @@ from cfsfuse.erofs.image import Image
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import ImageError, PathNotFound
-from cfsfuse.objects import ObjectStore, Verification
+from cfsfuse.objects import ObjectStore
 from cfsfuse.tree import External, Stat
 from cfsfuse.trees import TreeStore
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import Geometry, build, content_digest
 from tests import imagemaker as im

@@ -25,7 +25,7 @@ from cfsfuse.erofs.reader import Reader
 from cfsfuse.errors import HostError, UsageError
 from cfsfuse.mount.options import parse
 from cfsfuse.mount.plan import Backend, Fact
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 from tests import imagemaker as im
 from tests.cli_support import fails, write_image
 from tests.support import HERE
@@ -256,7 +256,13 @@ def sample_report(
                 for _ in range(2):
                     value *= 1.07
                     results.add(row.key, col.name, value, None if col.name == "kernel" else value / 3)
-    machine: dict[str, object] = {"kernel": "6.1", "processors": 2, "processor": "P", "python": "3.11"}
+    machine: dict[str, object] = {
+        "kernel": "6.1",
+        "processors": 2,
+        "processor": "P",
+        "python": "3.11",
+        "sha256": "hashlib",
+    }
     return report.Report(task, results, {"gone": "it hangs"}, {"other": "no way"}, "basedir=/o", machine, ["A remark."])
 
 

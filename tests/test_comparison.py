@@ -26,7 +26,7 @@ from cfsfuse.errors import HostError, ImageError
 from cfsfuse.mount.options import parse
 from cfsfuse.mount.plan import Backend, Fact
 from cfsfuse.mount.temporary import offers
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
 from tests import imagemaker as im
@@ -350,6 +350,13 @@ def test_named_backend_that_is_impossible_is_an_error() -> None:
     with pytest.raises(HostError, match=f"^fuse backend: no {Fact.FUSE.value}"):
         offers(parse("basedir=/b"), lacking(Fact.FUSE).get, ["fuse"])
     assert all(each.options is None for each in offers(parse("basedir=/b"), lacking(*Fact).get))
+
+
+def test_a_merged_kernel_mount_is_for_who_names_it() -> None:
+    (kernel,) = offers(parse("basedir=/b,noverity"), lacking(Fact.DATA_LAYERS).get, ["kernel"])
+    assert (kernel.options and kernel.options.backend, kernel.problem) == ("kernel", None)
+    kernel = offers(parse("basedir=/b,noverity"), lacking(Fact.DATA_LAYERS).get)[0]
+    assert (kernel.options, kernel.problem) == (None, f"no {Fact.DATA_LAYERS.value}")
 
 
 def test_nothing_else_is_the_reason_where_more_than_verification_is_lacking() -> None:

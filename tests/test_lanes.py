@@ -13,11 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsfuse.verity import digest
-
 # Not pytest.importorskip: where the tests run there is a C compiler, and the lanes are not to be missing unnoticed.
-from cfsfuse.verity._lanes import SHA_INSTRUCTIONS, VARIANTS, sha256_blocks
-from cfsfuse.verity.digest import BLOCK_SIZE, SHA256, Bytes
+from cfsfuse.verity._lanes import LANES, SHA_INSTRUCTIONS, VARIANTS, sha256_blocks
+from cfsfuse.verity.digest import ALGORITHMS, BLOCK_SIZE, SHA256, Bytes, SideBySide, least_side_by_side
 from cfsfuse.verity.merkle import content_digest, leaf_hashes
 
 variants = pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=VARIANTS)
@@ -71,22 +69,47 @@ def test_refuses_what_is_no_buffer() -> None:
         sha256_blocks("text")  # type: ignore[arg-type]  # that is the point
     with pytest.raises(BufferError):
         sha256_blocks(memoryview(bytes(8 * BLOCK_SIZE))[::2])
-    with pytest.raises(IndexError):
-        sha256_blocks(b"", len(VARIANTS))
+    for variant in (-1, len(VARIANTS), 1 << 32):
+        with pytest.raises(IndexError):
+            sha256_blocks(b"", variant)
 
 
-def test_is_used_where_it_is_faster() -> None:
-    is_faster = VARIANTS[0] == "avx512" or (VARIANTS[0] == "avx2" and not SHA_INSTRUCTIONS)
-    assert SHA256.new_side_by_side is (sha256_blocks if is_faster else None)
-    assert digest.ALGORITHMS["sha512"].new_side_by_side is None
+@pytest.mark.parametrize(
+    ("variants", "has_sha", "least"),
+    [
+        (("avx512", "avx2", "plain"), False, 3),
+        (("avx512", "avx2", "plain"), True, 10),
+        (("avx2", "plain"), False, 9),
+        (("avx2", "plain"), True, None),
+        (("plain",), False, None),
+        (("plain",), True, None),
+    ],
+)
+def test_is_used_where_it_is_faster(variants: tuple[str, ...], least: int | None, *, has_sha: bool) -> None:
+    assert least_side_by_side(variants, has_sha=has_sha) == least
 
 
-@pytest.mark.parametrize("blocks", range(8))
-def test_leaves_are_the_same_either_way(blocks: int) -> None:
-    data = Random(blocks).randbytes(blocks * BLOCK_SIZE + 100)
-    by_lanes = SHA256._replace(new_side_by_side=sha256_blocks)
-    by_hashlib = SHA256._replace(new_side_by_side=None)
-    assert leaf_hashes(by_lanes, data) == leaf_hashes(by_hashlib, data) == one_by_one(data)
+def test_the_algorithm_has_it() -> None:
+    least = least_side_by_side(VARIANTS, has_sha=bool(SHA_INSTRUCTIONS))
+    assert SHA256.side_by_side == (None if least is None else (sha256_blocks, LANES, least))
+    assert ALGORITHMS["sha512"].side_by_side is None
+
+
+@pytest.mark.parametrize("least", [3, 9, 16])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 8, 9, 15, 16, 17, 18, 19, 24, 25, 32, 33, 35])
+@pytest.mark.parametrize("tail", [0, 1, 4095])
+def test_leaves_are_the_same_either_way(least: int, blocks: int, tail: int) -> None:
+    data = Random(blocks).randbytes(max(0, blocks * BLOCK_SIZE - tail))
+    taken: list[int] = []
+
+    def hashes(part: Bytes) -> bytes:
+        taken.append(-(-len(part) // BLOCK_SIZE))
+        return sha256_blocks(part)
+
+    algorithm = SHA256._replace(side_by_side=SideBySide(hashes, 16, least))
+    assert leaf_hashes(algorithm, data) == one_by_one(data)
+    by_lanes = blocks if blocks % 16 in range(least, 16) else blocks - blocks % 16
+    assert taken == ([by_lanes] if by_lanes else [])
 
 
 def test_does_without() -> None:
@@ -97,7 +120,7 @@ def test_does_without() -> None:
         sys.modules["cfsfuse.verity._lanes"] = None
         from cfsfuse.verity.digest import SHA256
         from cfsfuse.verity.merkle import content_digest
-        assert SHA256.new_side_by_side is None
+        assert SHA256.side_by_side is None
         print(content_digest(SHA256, sys.stdin.buffer.read()).hex())"""
     done = subprocess.run([sys.executable, "-c", program], input=content, capture_output=True, check=True)
     assert done.stdout.decode().strip() == content_digest(SHA256, content).hex()

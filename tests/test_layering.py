@@ -17,7 +17,7 @@ PACKAGE = os.path.join(ROOT, "cfsfuse")
 
 # A module may import what stands above it here, and others of its own line.
 LAYERS = [
-    {"errors"},
+    {"errors", "verification"},
     {"lru", "atomic", "beneath", "collector", "pace", "fstype", "privilege", "processes"},
     {"tree", "erofs", "verity"},
     {"dump", "dumpparser", "imagefile"},
@@ -159,6 +159,20 @@ def test_start_of_a_command_imports_no_event_loop(name: str) -> None:
     loaded = set(done.stdout.split())
     assert "cfsfuse" in loaded
     assert not loaded & {"trio", "pyfuse3", "rich", "shtab", "asyncio", "cryptography", "hypothesis"}
+
+
+def test_a_kernel_mount_imports_little() -> None:
+    """It takes a millisecond; what serves, hashes or looks at objects takes a hundred times as long to import."""
+    script = "import sys, cfsfuse.cli.main, cfsfuse.cli.mount; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-S", "-W", "error", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(done.stdout.split())
+    assert "cfsfuse.mount.kernel" in loaded
+    ours = {"cfsfuse.mount.fuse", "cfsfuse.mount.daemon", "cfsfuse.mount.trial", "cfsfuse.objects", "cfsfuse.processes"}
+    assert not loaded & ours
+    foreign = {"hashlib", "dataclasses", "inspect", "logging", "json", "socket", "subprocess", "tempfile", "shutil"}
+    assert not loaded & foreign
 
 
 def test_image_bytes_are_sliced_in_one_place() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import DigestMismatch, ObjectError, ObjectForbidden, ObjectMissing, ObjectUnusable
-from cfsfuse.objects import WHOLE_FILE_MAX, Verification
+from cfsfuse.objects import WHOLE_FILE_MAX
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import ALGORITHMS
 from tests.support import HERE, Store, flip, node_of, put, random_bytes, time_limit
 

@@ -7,7 +7,7 @@ import pytest
 from cfsfuse.errors import UsageError
 from cfsfuse.mount.options import AUTO, BACKENDS, SESSIONS, MountOptions, parse, split
 from cfsfuse.mount.plan import Backend
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 
 DIGEST = "0123456789abcdef" * 4
 

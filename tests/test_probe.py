@@ -8,14 +8,13 @@ import os
 import shutil
 import signal
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cfsfuse.api import open_image
 from cfsfuse.errors import HostError
-from cfsfuse.mount import fusemount, kernel, overlayfs, probe, syscalls
+from cfsfuse.mount import fusemount, kernel, overlayfs, probe, sample, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
 from cfsfuse.mount.trial import Trial
@@ -28,9 +27,9 @@ from tests.support import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from cfsfuse.mount.layers import Layers
-    from cfsfuse.mount.options import MountOptions
 
 
 def refusing(number: int, *, at: str = "__init__") -> type[syscalls.Context]:
@@ -74,7 +73,6 @@ def test_a_try_that_fails_otherwise_is_a_problem_and_no_end(fact: Fact, monkeypa
 def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSE needs none: the mount goes on with that."""
     monkeypatch.setattr(probe, "_erofs", lambda: None)
-    monkeypatch.setattr(overlayfs, "has_data_layers", lambda: False)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at all")
     assert Host().look(Fact.KERNEL_VIEW) == "cannot be tried out: No such file or directory"
 
@@ -274,32 +272,34 @@ def test_the_trial_is_what_the_reader_shows(tmp_path: Path) -> None:
         assert image.read("/file") == b"the kernel shows this file"
 
 
-@pytest.mark.parametrize("fact", [Fact.KERNEL_VIEW, Fact.DATA_LAYERS])
-@pytest.mark.parametrize("has", [True, False])
-def test_a_trial_is_made_where_overlayfs_has_no_data_layers(
-    monkeypatch: pytest.MonkeyPatch, fact: Fact, *, has: bool
+@pytest.mark.parametrize(
+    ("fact", "tells", "has", "trials"),
+    [
+        (Fact.KERNEL_VIEW, True, True, 1),
+        (Fact.KERNEL_VIEW, True, False, 1),
+        (Fact.KERNEL_VIEW, False, True, 0),
+        (Fact.KERNEL_VIEW, False, False, 1),
+        (Fact.DATA_LAYERS, True, True, 0),
+        (Fact.DATA_LAYERS, True, False, 1),
+        (Fact.DATA_LAYERS, False, True, 0),
+        (Fact.DATA_LAYERS, False, False, 1),
+    ],
+)
+def test_a_trial_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+    fact: Fact,
+    trials: int,
+    *,
+    tells: bool,
+    has: bool,
 ) -> None:
+    """Where somebody is told, or overlayfs is old: else the mount that follows says the same."""
     tried: list[str] = []
     monkeypatch.setattr(probe, "_erofs", lambda: None)
     monkeypatch.setattr(overlayfs, "has_data_layers", lambda: has)
     monkeypatch.setattr(probe, "_in_child", lambda _: tried.append("trial"))
-    assert Host().look(fact) is None
-    assert tried == ([] if has else ["trial"])
-
-
-def test_a_merged_root_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It has one link, in overlayfs, whatever it holds; that of an image has two at least."""
-    monkeypatch.setattr(syscalls, "unshare_mounts", lambda: None)
-    monkeypatch.setattr(kernel, "mount", lambda *_: None)
-    Trial(str(tmp_path)).look()
-
-    def mount(_image: str, mountpoint: str, _options: MountOptions) -> None:
-        os.rmdir(mountpoint)
-        Path(mountpoint).touch()  # what has one link, and can be made by everybody
-
-    monkeypatch.setattr(kernel, "mount", mount)
-    with pytest.raises(HostError, match=r"merges image and store.* --backend=kernel mounts it so"):
-        Trial(str(tmp_path / "another")).look()
+    assert Host(tells=tells).look(fact) is None
+    assert len(tried) == trials
 
 
 @pytest.mark.parametrize(("at", "has"), [("set", True), ("takes_anything", False), ("__init__", False)])
@@ -324,8 +324,8 @@ class Store:
         self.enforced: dict[int, bytes] = {}
         self.absence = Absence.FILE
         self.asked = 0
-        monkeypatch.setattr(probe, "measure", self._measure)
-        monkeypatch.setattr(probe, "absence", lambda _fd: self.absence)
+        monkeypatch.setattr(sample, "measure", self._measure)
+        monkeypatch.setattr(sample, "absence", lambda _fd: self.absence)
 
     def add(self, content: bytes, enforced: bytes | None) -> im.Entry:
         """Add an object for which the kernel enforces the digest of the content `enforced`; return an entry of it."""
@@ -399,7 +399,7 @@ def test_objects_that_cannot_be_asked(store: Store, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.EIO, "Input/output error")
 
     entry = store.add(b"a", b"a")
-    monkeypatch.setattr(probe, "measure", fail)
+    monkeypatch.setattr(sample, "measure", fail)
     assert store.problem(a=entry) == "cannot be tried out: Input/output error"
 
 

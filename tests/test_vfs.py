@@ -13,9 +13,10 @@ import trio.testing
 
 from cfsfuse.erofs.overlay import Digest
 from cfsfuse.errors import CfsError, DigestMismatch, ImageError, ObjectMissing, ObjectUnusable
-from cfsfuse.objects import WHOLE_FILE_MAX, Verification
+from cfsfuse.objects import WHOLE_FILE_MAX
 from cfsfuse.tree import External
 from cfsfuse.trees import TreeNeeded
+from cfsfuse.verification import Verification
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.merkle import content_digest
 from cfsfuse.vfs import Vfs
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from cfsfuse.erofs.dirent import Dirent
     from cfsfuse.erofs.image import Nid
+    from cfsfuse.erofs.inode import Inode
 
 LARGE = random_bytes((1 << 20) + 5000)
 SMALL = random_bytes(9000)
@@ -334,6 +337,33 @@ def test_metadata_needs_no_event_loop(tmp_path: Path) -> None:
     node = vfs.node(made.at(b"sha512").nid)
     assert isinstance(node, External)
     assert node.digest == Digest("sha512", b"\x22" * 64)
+
+
+@pytest.mark.parametrize(("count", "parsed"), [(20, 1), (2000, 0)], ids=["one block", "several"])
+def test_names_are_found_however_often_they_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, parsed: int
+) -> None:
+    """The names of a directory of one block are kept; of a larger one a single block says nothing of the others."""
+    names = [b"name-%04d" % number for number in range(count)]
+    made = im.make(im.directory({b"dir": im.directory({name: im.file(name) for name in names})}))
+    vfs = Vfs(reader_of(made), Store(tmp_path).open())
+    parent = made.at(b"dir").nid
+    blocks: list[int] = []
+    block = vfs.reader.block
+
+    def noted(directory: Inode, index: int) -> list[Dirent]:
+        blocks.append(index)
+        return block(directory, index)
+
+    monkeypatch.setattr(vfs.reader, "block", noted)
+    for _ in range(3):
+        for name in (names[0], names[count // 2], names[-1]):
+            found = vfs.lookup(parent, name)
+            assert found is not None
+            assert found.nid == made.at(b"dir/" + name).nid
+        for name in (b"a", b"name-0000a", b"z"):
+            assert vfs.lookup(parent, name) is None
+    assert len(blocks) == parsed
 
 
 def test_trap_space_is_that_of_the_store_or_of_the_image_but_not_zero(tmp_path: Path) -> None:

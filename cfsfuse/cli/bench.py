@@ -24,8 +24,9 @@ from cfsfuse.mount.ladder import reader_of
 from cfsfuse.mount.options import AUTO
 from cfsfuse.mount.plan import Backend
 from cfsfuse.mount.probe import Host
-from cfsfuse.objects import WHOLE_FILE_MAX, Verification
+from cfsfuse.objects import WHOLE_FILE_MAX
 from cfsfuse.processes import Started, adopting
+from cfsfuse.verification import Verification
 
 if TYPE_CHECKING:
     import argparse

@@ -94,8 +94,9 @@ def open_store(arguments: argparse.Namespace) -> ObjectStore:
     """Return the object store that --basedir and --noverity ask for, with the cache of trees that mounts use."""
     from cfsfuse.basedirs import BaseDirectories
     from cfsfuse.mount.places import tree_cache
-    from cfsfuse.objects import ObjectStore, Verification
+    from cfsfuse.objects import ObjectStore
     from cfsfuse.trees import TreeStore
+    from cfsfuse.verification import Verification
 
     directories = BaseDirectories(base_directories(arguments))
     trees = TreeStore(directories, tree_cache())

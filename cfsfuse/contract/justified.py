@@ -48,10 +48,6 @@ def _is_bare(_: Entry, found: object, expected: object) -> bool:
     return (found, expected) == (Failure("EINVAL"), Failure("ENODATA"))
 
 
-def _is_unsupported(_: Entry, found: object, expected: object) -> bool:
-    return (found, expected) == (Failure("ENOTSUP"), Failure("ENODATA"))
-
-
 JUSTIFIED: tuple[Justified, ...] = (
     Justified("*", "*st_dev", "each mount has a device number of its own"),
     Justified("*", "*st_blocks", _BLOCKS, _of_content),
@@ -70,8 +66,6 @@ BETWEEN_BACKENDS: tuple[Justified, ...] = (
         "the kernel refuses the bare prefix of a name space that overlayfs keeps for itself, as that of `overlay` does",
         _is_bare,
     ),
-    Justified("xattrs-absent", "trusted.overlay.*", "overlayfs has not its own names, before 6.7", _is_unsupported),
-    Justified("xattrs-absent", "system.posix_acl_*", "nor ACLs of an image that has none, before 6.2", _is_unsupported),
 )
 """What may differ besides that from one backend to another, either way, as docs/backends.md has it."""
 

@@ -148,15 +148,18 @@ class Server:
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return b""
-            if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):  # the last: whoever asked has gone
+            if error.errno == errno.EAGAIN:
                 self._acknowledge()
+                return None
+            if error.errno in (errno.EINTR, errno.ENOENT):  # the latter: whoever asked has gone
                 return None
             raise
 
     def _acknowledge(self) -> None:
         """Answer what nobody waits for the answer to: when there is nothing else to do, at last before sleeping."""
-        while self._unacknowledged:
-            self._reply(self._unacknowledged.pop(), b"")
+        for unique in self._unacknowledged:
+            self._reply(unique, b"")
+        self._unacknowledged.clear()
 
     def _serve(self, data: bytes) -> None:
         _, opcode, unique, nid, _, _, pid, _, _ = _unpack_header(data)

@@ -25,7 +25,6 @@ from cfsfuse.mount.mountinfo import COMPOSEFS_SOURCE
 from cfsfuse.mount.mountpoint import check_mountpoint, claimed
 from cfsfuse.mount.overlayfs import TooOldError
 from cfsfuse.mount.syscalls import Context, closing
-from cfsfuse.verity.ioctl import measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,10 +68,13 @@ def _image(path: str, digest: str | None) -> Iterator[int]:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ImageError("image", "not a regular file")
         beginning(fd).require_composefs()
-        measured = None if digest is None else measure(fd)
         if digest is None:
             yield fd
-        elif measured is None:
+            return
+        from cfsfuse.verity.ioctl import measure
+
+        measured = measure(fd)
+        if measured is None:
             with closing(sealed_copy(fd, path)) as copy:
                 check_digest(path, mapped(copy, path), digest)
                 yield copy
@@ -131,8 +133,17 @@ class _Erofs:
                 mount = self._make(device)
         with closing(mount):
             if self._user_namespace is not None:
-                syscalls.set_idmap(mount, self._user_namespace)
+                self._map_owners(mount, self._user_namespace)
             yield mount
+
+    def _map_owners(self, mount: int, user_namespace: int) -> None:
+        try:
+            syscalls.set_idmap(mount, user_namespace)
+        except OSError as error:
+            raise HostError(
+                f"idmap=: the kernel does not map owners so: {error.strerror}; it takes neither the namespace in which "
+                "the mount is made, nor one that maps nothing"
+            ) from None
 
     def _make(self, source: str) -> int:
         with Context("erofs") as context:
@@ -185,22 +196,30 @@ def _mount_above(metadata: AbstractContextManager[int], layers: Layers, mountpoi
         syscalls.move_mount(mount, mountpoint)
 
 
-def _check_nothing_shows(metadata: int, basedir: tuple[str, ...]) -> None:
-    """Raise HostError when the store has a name that the image's root does not hide.
+def _check_nothing_shows(metadata: int, layers: Layers, basedir: tuple[str, ...]) -> None:
+    """Raise HostError when the store has a name, at present, that the image's root does not hide.
 
     Without data-only layers the two are merged. What hides a name is an entry that is no directory: images have one for
     each directory of objects.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    with closing(os.open(".", flags, dir_fd=metadata)) as root, os.scandir(root) as entries:
+    with _listed(metadata) as entries:
         hidden = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
-    for directory in basedir:
-        shown = sorted(set(os.listdir(directory)) - hidden)
+    for path, fd in zip(basedir, layers.data, strict=True):
+        with _listed(fd) as entries:
+            shown = {entry.name for entry in entries} - hidden
         if shown:
             raise HostError(
-                f"{os.path.join(directory, shown[0])} would show in the tree: overlayfs of this kernel merges image "
-                "and store, for data-only layers need Linux 6.5; --backend=fuse does without them"
+                f"{os.path.join(path, min(shown))} would show in the tree: overlayfs of this kernel merges image and "
+                "store, for data-only layers need Linux 6.5; --backend=fuse does without them"
             )
+
+
+@contextlib.contextmanager
+def _listed(directory: int) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """Yield what is in a directory, given by a descriptor that need not be good for reading."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with closing(os.open(".", flags, dir_fd=directory)) as fd, os.scandir(fd) as entries:
+        yield entries
 
 
 def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: MountOptions) -> None:
@@ -224,6 +243,6 @@ def _mount_the_old_way(erofs: _Erofs, layers: Layers, mountpoint: str, options: 
                     raise
                 if verity:
                     raise HostError(overlayfs.NO_VERITY) from None
-                _check_nothing_shows(lower, options.basedir)
+                _check_nothing_shows(lower, layers, options.basedir)
             else:
                 return

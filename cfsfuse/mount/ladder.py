@@ -40,7 +40,7 @@ def mount(
     if options.idmap is not None:
         kernel.check_user_namespace(options.idmap)
     reader = reader_of(image, options.digest)
-    look = Host(reader, options.basedir).look
+    look = Host(reader, options.basedir, tells=tell is not None).look
     foreground = serving is Serving.FOREGROUND
     failed: dict[Backend, str] = {}
     while True:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.errors import UsageError
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from cfsfuse.errors import HostError
 from cfsfuse.mount import syscalls
 from cfsfuse.mount.mountinfo import COMPOSEFS_SOURCE
 from cfsfuse.mount.syscalls import Context, closing
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cfsfuse.errors import HostError
 from cfsfuse.mount.options import AUTO, PYFUSE3
-from cfsfuse.objects import Verification
+from cfsfuse.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +61,7 @@ def judge(options: MountOptions, look: Callable[[Fact], str | None], *, foregrou
     `look` says what is wrong with a fact and what would put it right, None when nothing is.
     """
     for backend in Backend:
-        yield Verdict(backend, list(_problems(backend, options, look, foreground=foreground)))
+        yield Verdict(backend, list(problems(backend, options, look, foreground=foreground)))
 
 
 def choose(
@@ -78,17 +78,18 @@ def choose(
     refused = []
     for backend in Backend:
         if options.backend in (AUTO, backend.value):
-            problems = _problems(backend, options, look, foreground=foreground)
-            problem = failed.get(backend) or next(problems, None)
+            found = problems(backend, options, look, foreground=foreground)
+            problem = failed.get(backend) or next(found, None)
             if problem is None:
                 return backend
             refused.append(f"{backend.value} backend: {problem}")
     raise HostError("; ".join(refused))
 
 
-def _problems(
-    backend: Backend, options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool
+def problems(
+    backend: Backend, options: MountOptions, look: Callable[[Fact], str | None], *, foreground: bool = False
 ) -> Iterator[str]:
+    """Yield what speaks against a backend: first what costs the least to look at."""
     yield from (f"{name}= is not for it" for name in _CANNOT[backend] if getattr(options, name) is not None)
     if is_stacked(backend, options) and options.allow_other is False:
         yield "noallow_other is not for it: such a mount is there for everybody"
@@ -126,6 +127,9 @@ def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
         return
     if options.verification is not Verification.OFF:
         yield from (Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY)
-    yield Fact.KERNEL_VIEW if backend is Backend.KERNEL else Fact.USER_OVERLAY_DATA
-    if backend is Backend.KERNEL and options.backend == AUTO:  # what else it shows is for who names it to know
-        yield Fact.DATA_LAYERS
+    if backend is Backend.KERNEL:
+        if options.backend != backend.value:  # who names it may have it with another view
+            yield Fact.DATA_LAYERS
+        yield Fact.KERNEL_VIEW
+    else:
+        yield Fact.USER_OVERLAY_DATA

@@ -6,31 +6,25 @@ some tries need is imported there: a kernel mount takes less time than that.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import itertools
 import os
 from typing import TYPE_CHECKING
 
-from cfsfuse.basedirs import BaseDirectories
-from cfsfuse.errors import CfsError, HostError, ObjectError
+from cfsfuse.errors import CfsError, HostError
 from cfsfuse.mount import namespaces, overlayfs, syscalls
 from cfsfuse.mount.layers import Layers
 from cfsfuse.mount.options import MountOptions
 from cfsfuse.mount.plan import UNTRIED, Fact
 from cfsfuse.mount.syscalls import Context, closing
 from cfsfuse.privilege import has_no_new_privileges, has_sys_admin
-from cfsfuse.verity.ioctl import Absence, absence, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
     from cfsfuse.erofs.reader import Reader
     from cfsfuse.mount.trial import Trial
-    from cfsfuse.tree import External
 
 NOT_LOOKED_AT = "depends on the store: name an image and its basedir"
-_SAMPLE = 2048  # files in the reach of the sample of objects that are asked for their fs-verity
 _CONTENT = b"overlayfs shows this file"
 _ALL_WELL = b"\0"
 _IN_NAMESPACE = "in a user namespace, as cfsfuse run does"
@@ -40,11 +34,15 @@ class Host:
     """Looks at each fact once, when somebody asks.
 
     `reader` gives the image whose objects, below the directories `basedir`, are meant; without one there are none.
+    Where nobody is told of it (`tells`), and overlayfs can do it, no trial mount is made: the mount itself is one.
     """
 
-    def __init__(self, reader: Callable[[], Reader] | None = None, basedir: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, reader: Callable[[], Reader] | None = None, basedir: tuple[str, ...] = (), *, tells: bool = True
+    ) -> None:
         self._reader = reader
         self._basedir = basedir
+        self._tells = tells
         self._known: dict[Fact, str | None] = {}
 
     def look(self, fact: Fact) -> str | None:
@@ -59,58 +57,16 @@ class Host:
     def _find_out(self, fact: Fact) -> str | None:
         if fact is Fact.OBJECTS_VERITY:
             return self._objects()
+        if fact is Fact.KERNEL_VIEW and not self._tells and overlayfs.has_data_layers():
+            return None
         return _TRIES[fact]()
 
     def _objects(self) -> str | None:
-        """Return why the kernel would not verify an object, going by some of the image's."""
         if self._reader is None:
             return NOT_LOOKED_AT
-        unknown, is_one_good = None, False
-        with contextlib.closing(BaseDirectories(self._basedir)) as directories:
-            for node in _sample(_with_digest(self._reader())):
-                try:
-                    descriptor = directories.open(node.path or b"")
-                except ObjectError as error:
-                    unknown = f"{error}; so nothing is known of fs-verity in the store"
-                    continue
-                problem = _object_problem(descriptor.fd, node)
-                if problem is not None:
-                    return problem
-                is_one_good = True
-        return None if is_one_good else unknown
+        from cfsfuse.mount.sample import problem_of_objects
 
-
-def _with_digest(reader: Reader) -> Iterator[External]:
-    from cfsfuse.tree import External
-
-    for _, inode in reader.walk():
-        node = reader.node(inode) if inode.is_regular else None
-        if isinstance(node, External) and node.digest is not None and node.path is not None:
-            yield node
-
-
-def _sample(nodes: Iterable[External]) -> Iterator[External]:
-    """Yield the first, second, fourth node and so on: a store is filled by tools, and mostly all of it alike."""
-    for number, node in enumerate(itertools.islice(nodes, _SAMPLE), 1):
-        if number & number - 1 == 0:
-            yield node
-
-
-def _object_problem(fd: int, node: External) -> str | None:
-    path = os.fsdecode(node.path or b"")
-    known = measure(fd)
-    if known is None:
-        return f"object {path} has no fs-verity: {_REMEDIES[absence(fd)]}"
-    if node.digest is None or known.value != node.digest.value:
-        return f"object {path} has another fs-verity digest than the image records"
-    return None
-
-
-_REMEDIES = {
-    Absence.FILE: "enable it with fsverity(1), or fill the store anew with cfsfuse mk",
-    Absence.FILE_SYSTEM: "its file system, or this kernel, has none; on ext4, tune2fs -O verity enables it for objects "
-    "that are stored anew",
-}
+        return problem_of_objects(self._reader(), self._basedir)
 
 
 def _mount() -> str | None:
@@ -194,16 +150,13 @@ def _kernel_view() -> str | None:
 
 
 def _data_layers() -> str | None:
-    """Let the kernel show a tree, and look whether it is merged with the store."""
-    return _try_kernel(lambda trial: trial.look())
+    """Let the kernel show a tree, where overlayfs is old, and look whether it is merged with the store."""
+    return None if overlayfs.has_data_layers() else _try_kernel(lambda trial: trial.look())
 
 
 def _try_kernel(look: Callable[[Trial], None]) -> str | None:
-    """Look at a trial mount, but where overlayfs has data-only layers: to follow redirects to them is all they do."""
     if _erofs() is not None:
         return UNTRIED + Fact.EROFS.value
-    if overlayfs.has_data_layers():
-        return None
     import tempfile
 
     from cfsfuse.mount.trial import Trial

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfsfuse.errors import HostError
 from cfsfuse.mount.ladder import mount
 from cfsfuse.mount.mountinfo import mount_at
-from cfsfuse.mount.plan import Backend, choose, judge
+from cfsfuse.mount.plan import Backend, choose, problems
 from cfsfuse.mount.serving import Serving
 from cfsfuse.mount.unmount import take_away
-from cfsfuse.objects import Verification
 from cfsfuse.processes import Started, adopting, undisturbed
+from cfsfuse.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -52,18 +52,21 @@ def offers(options: MountOptions, look: Callable[[Fact], str | None], named: Col
     to nobody. Raises HostError when one that is named cannot mount, with the reason and what would put it right.
     """
     is_demanded = options.verification is Verification.REQUIRED
-    unverified = options if is_demanded else options._replace(verification=Verification.OFF)
     found = []
-    for (backend, problems), (_, unmovable) in zip(judge(options, look), judge(unverified, look), strict=True):
+    for backend in Backend:
         if named and backend.value not in named:
             continue
-        if named and unmovable:
-            choose(unverified._replace(backend=backend.value), look)
+        asked = options._replace(backend=backend.value) if named else options
+        unverified = asked if is_demanded else asked._replace(verification=Verification.OFF)
+        if named:
+            choose(unverified, look)
+        unmovable = "; ".join(problems(backend, unverified, look))
         if unmovable:
-            found.append(Offer(backend, None, "; ".join(unmovable)))
+            found.append(Offer(backend, None, unmovable))
         else:
-            taken = unverified if problems else options
-            found.append(Offer(backend, taken._replace(backend=backend.value), "; ".join(problems) or None))
+            unprovable = "; ".join(problems(backend, asked, look))
+            taken = unverified if unprovable else asked
+            found.append(Offer(backend, taken._replace(backend=backend.value), unprovable or None))
     return found
 
 

@@ -9,8 +9,8 @@ from cfsfuse.erofs.writer import write
 from cfsfuse.errors import HostError
 from cfsfuse.mount import kernel, syscalls
 from cfsfuse.mount.options import MountOptions
-from cfsfuse.objects import Verification
 from cfsfuse.tree import Directory, Entry, External, Stat
+from cfsfuse.verification import Verification
 
 _CONTENT = b"the kernel shows this file"
 

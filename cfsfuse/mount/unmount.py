@@ -17,16 +17,26 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises UsageError when no cfsfuse mount is there, HostError when it is in use or not ours to unmount.
     """
-    path = os.path.realpath(mountpoint)
+    path = _where(mountpoint)
     mounted = mount_at(path)
     if mounted is None:
         raise UsageError(f"{mountpoint}: nothing is mounted here")
     if not mounted.is_composefs:
-        raise UsageError(f"{mountpoint}: a {mounted.fstype} mount, not one of cfsfuse; use umount")
+        raise UsageError(f"{mountpoint}: a mount of type {mounted.fstype}, not one of cfsfuse; use umount")
     if take_away(path, lazy=lazy):
         names = ", ".join(user for user in users(path) if not user.endswith(f"({os.getpid()})"))
         by = f" by {names}" if names else ""
         raise HostError(f"{mountpoint}: in use{by}; end that first, or use --lazy")
+
+
+def _where(mountpoint: str) -> str:
+    """Return the path of a mount without symlinks, and without a question to its server, which may hang."""
+    parent, name = os.path.split(mountpoint.rstrip("/"))
+    if name not in ("", ".", ".."):
+        path = os.path.join(os.path.realpath(parent), name)
+        if mount_at(path) is not None:
+            return path
+    return os.path.realpath(mountpoint)
 
 
 def take_away(path: str, *, lazy: bool) -> bool:

@@ -58,17 +58,21 @@ static inline __attribute__((always_inline)) void load(lanes W[16], const uint8_
         }
 }
 
-/* Transpose squares of 2 x DISTANCE: exchange what is off their diagonals. */
-#define EXCHANGE(to, from, DISTANCE) \
+#if !defined __has_builtin || !__has_builtin(__builtin_shufflevector) /* GCC before 12 */
+#define load_lines load
+#else
+/* Transpose squares of 2 x D: exchange what is off their diagonals. The indices have to be constants. */
+#define FIRST(D, j) ((j) & (D) ? 16 + (j) - (D) : (j))
+#define SECOND(D, j) ((j) & (D) ? 16 + (j) : (j) + (D))
+#define PICK(WHICH, D, a, b) \
+    __builtin_shufflevector(a, b, WHICH(D, 0), WHICH(D, 1), WHICH(D, 2), WHICH(D, 3), WHICH(D, 4), WHICH(D, 5), \
+                            WHICH(D, 6), WHICH(D, 7), WHICH(D, 8), WHICH(D, 9), WHICH(D, 10), WHICH(D, 11), \
+                            WHICH(D, 12), WHICH(D, 13), WHICH(D, 14), WHICH(D, 15))
+#define EXCHANGE(to, from, D) \
     for (int i = 0; i < 16; i++) \
-        if (!(i & DISTANCE)) { \
-            lanes first, second; \
-            for (int j = 0; j < 16; j++) { \
-                first[j] = j & DISTANCE ? 16 + j - DISTANCE : j; \
-                second[j] = j & DISTANCE ? 16 + j : j + DISTANCE; \
-            } \
-            to[i] = __builtin_shuffle(from[i], from[i + DISTANCE], first); \
-            to[i + DISTANCE] = __builtin_shuffle(from[i], from[i + DISTANCE], second); \
+        if (!(i & D)) { \
+            to[i] = PICK(FIRST, D, from[i], from[i + D]); \
+            to[i + D] = PICK(SECOND, D, from[i], from[i + D]); \
         }
 
 /* The same, where a register takes all lanes: a line of the cache from each block, then the square is transposed. */
@@ -84,6 +88,7 @@ static inline __attribute__((always_inline)) void load_lines(lanes W[16], const 
     for (int t = 0; t < 16; t++)
         W[t] = (ROTR(W[t], 8) & 0xff00ff00) | (ROTR(W[t], 24) & 0x00ff00ff);
 }
+#endif
 
 /* Take a chunk of each block into H. The message schedule is a ring of 16 words, made while they are used. */
 static inline __attribute__((always_inline)) void compress(lanes H[8], lanes W[16])
@@ -166,16 +171,17 @@ static void hash_all(hasher hash_lanes, const uint8_t *data, size_t size, uint8_
     }
 }
 
-/* What this processor can do, the best first. */
+/* What this processor can do, the best first; `plain` is there for tests on processors that have nothing better. */
 static struct variant {
     const char *name;
     hasher hash;
 } variants[3];
-static unsigned variant_count;
+static Py_ssize_t variant_count;
 
 static void find_variants(void)
 {
-    variant_count = 0;
+    if (variant_count) /* the module is loaded once more, while another thread may be hashing */
+        return;
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f"))
@@ -193,19 +199,19 @@ static int has_sha_instructions(void)
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
 #else
-    return 1; /* or may have: who knows them not takes hashlib */
+    return 1; /* not looked for: hashlib is taken unmeasured */
 #endif
 }
 
 static PyObject *sha256_blocks(PyObject *module, PyObject *arguments)
 {
     Py_buffer data;
-    unsigned which = 0;
+    Py_ssize_t which = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*|I:sha256_blocks", &data, &which))
+    if (!PyArg_ParseTuple(arguments, "y*|n:sha256_blocks", &data, &which))
         return NULL;
     PyObject *digests = NULL;
-    if (which >= variant_count)
+    if (which < 0 || which >= variant_count)
         PyErr_SetString(PyExc_IndexError, "there is no such variant");
     else
         digests = PyBytes_FromStringAndSize(NULL, (data.len + BLOCK - 1) / BLOCK * DIGEST);
@@ -233,7 +239,7 @@ static int execute(PyObject *module)
     PyObject *names = PyTuple_New(variant_count);
     if (names == NULL)
         return -1;
-    for (unsigned at = 0; at < variant_count; at++) {
+    for (Py_ssize_t at = 0; at < variant_count; at++) {
         PyObject *name = PyUnicode_FromString(variants[at].name);
         if (name == NULL || PyTuple_SetItem(names, at, name) < 0) {
             Py_DECREF(names);
@@ -242,7 +248,9 @@ static int execute(PyObject *module)
     }
     int failed = PyModule_AddObjectRef(module, "VARIANTS", names);
     Py_DECREF(names);
-    return failed ? failed : PyModule_AddIntConstant(module, "SHA_INSTRUCTIONS", has_sha_instructions());
+    if (failed || PyModule_AddIntConstant(module, "LANES", LANES) < 0)
+        return -1;
+    return PyModule_AddIntConstant(module, "SHA_INSTRUCTIONS", has_sha_instructions());
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -5,6 +5,9 @@ from cfsfuse.verity.digest import Bytes
 VARIANTS: Final[tuple[str, ...]]
 """Kinds of vector registers that this processor has, the fastest first."""
 
+LANES: Final[int]
+"""Blocks that are hashed at once."""
+
 SHA_INSTRUCTIONS: Final[int]
 """Not 0 when the processor has instructions for SHA-256, which hashlib uses."""
 

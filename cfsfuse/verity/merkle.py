@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cfsfuse.errors import TreeMismatch
 from cfsfuse.lru import Lru
-from cfsfuse.verity.digest import BLOCK_SIZE, Algorithm, Bytes, file_digest
+from cfsfuse.verity.digest import BLOCK_SIZE, Algorithm, Bytes, SideBySide, file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,10 +25,6 @@ class TreeBytes(Protocol):
     """Gives the recorded bytes of a tree, which nobody trusts; BlockingIOError with wait=False when it would wait."""
 
     def __call__(self, offset: int, length: int, *, wait: bool = True) -> bytes: ...
-
-
-# From as many blocks on they are hashed side by side: that takes the same time for one as for 16.
-_SIDE_BY_SIDE = 4
 
 
 class Geometry:
@@ -61,9 +57,22 @@ class Geometry:
 
 def leaf_hashes(algorithm: Algorithm, data: Bytes) -> bytes:
     """Return the hashes of the 4096-byte blocks of `data`, one after the other; the last block is padded."""
-    if algorithm.new_side_by_side is not None and len(data) > (_SIDE_BY_SIDE - 1) * BLOCK_SIZE:
-        return algorithm.new_side_by_side(data)
     view = memoryview(data)
+    if algorithm.side_by_side is not None:
+        by_lanes = _by_lanes(algorithm.side_by_side, len(view))
+        if by_lanes:
+            return algorithm.side_by_side.hashes(view[:by_lanes]) + _hashes(algorithm, view[by_lanes:])
+    return _hashes(algorithm, view)
+
+
+def _by_lanes(side_by_side: SideBySide, size: int) -> int:
+    """Return how many of `size` bytes are better hashed side by side; the rest is a few blocks behind full rounds."""
+    blocks = _blocks(size)
+    rest = blocks % side_by_side.lanes
+    return size if rest >= side_by_side.least or not rest else (blocks - rest) * BLOCK_SIZE
+
+
+def _hashes(algorithm: Algorithm, view: memoryview) -> bytes:
     new = algorithm.new
     whole = len(view) & -BLOCK_SIZE
     hashes = [new(view[at : at + BLOCK_SIZE]).digest() for at in range(0, whole, BLOCK_SIZE)]
