@@ -102,10 +102,10 @@ def heading(report: Report) -> list[str]:
     machine, task = report.machine, report.task
     rounds = "one round" if task.rounds == 1 else f"medians of {task.rounds} rounds"
     to = "" if report.reference is None else f"; ratios (x) to {report.reference}"
-    hashing = f"SHA-256: {machine['sha256']}"
+    host = f"Linux {machine['kernel']}, {machine['processors']} x {machine['processor']}"
     return [
         f"{printable(task.image.encode(errors='surrogateescape'))}: {rounds}{to}",
-        f"Linux {machine['kernel']}, {machine['processors']} x {machine['processor']}, Python {machine['python']}; {hashing}",
+        f"{host}, Python {machine['python']}, SHA-256: {machine['sha256']}",
     ]
 
 
