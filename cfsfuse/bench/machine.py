@@ -15,7 +15,7 @@ def describe() -> dict[str, object]:
         "processor": _model(),
         "processors": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "sha256": "hashlib" if SHA256.side_by_side is None else f"{SHA256.side_by_side.lanes} blocks side by side",
+        "sha256": "hashlib" if SHA256.side_by_side is None else f"{SHA256.side_by_side.lanes} lanes",
         "load": os.getloadavg()[0],
     }
 
