@@ -614,8 +614,19 @@ def test_a_merged_view_is_told(monkeypatch: pytest.MonkeyPatch, age: str, *, mer
     AGES[age](monkeypatch)
     host = Host()
     assert host.look(Fact.KERNEL_VIEW) is None
-    problem = host.look(Fact.DATA_LAYERS)
+    problem = host.look(Fact.FULL_VIEW)
     assert (problem is not None and problem.startswith("overlayfs of this kernel merges image and store")) is merged
+
+
+def test_a_hidden_xattr_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before 6.7. What `look` sees is in a child of this process."""
+    _keeping_parameters_unread(monkeypatch)
+
+    def hidden(*_: object) -> bytes:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "getxattr", hidden)
+    assert (Host().look(Fact.FULL_VIEW) or "").startswith("overlayfs of this kernel hides xattrs")
 
 
 def test_a_hundred_mounts_by_turns(made: Stage) -> None:
@@ -855,7 +866,7 @@ def test_doctor_in_json(made: Stage) -> None:
         "erofs",
         "mount",
         "kernel_view",
-        "data_layers",
+        "full_view",
         "user_overlay",
         "user_overlay_data",
         "overlay_verity",

@@ -353,10 +353,10 @@ def test_named_backend_that_is_impossible_is_an_error() -> None:
 
 
 def test_a_merged_kernel_mount_is_for_who_names_it() -> None:
-    (kernel,) = offers(parse("basedir=/b,noverity"), lacking(Fact.DATA_LAYERS).get, ["kernel"])
+    (kernel,) = offers(parse("basedir=/b,noverity"), lacking(Fact.FULL_VIEW).get, ["kernel"])
     assert (kernel.options and kernel.options.backend, kernel.problem) == ("kernel", None)
-    kernel = offers(parse("basedir=/b,noverity"), lacking(Fact.DATA_LAYERS).get)[0]
-    assert (kernel.options, kernel.problem) == (None, f"no {Fact.DATA_LAYERS.value}")
+    kernel = offers(parse("basedir=/b,noverity"), lacking(Fact.FULL_VIEW).get)[0]
+    assert (kernel.options, kernel.problem) == (None, f"no {Fact.FULL_VIEW.value}")
 
 
 def test_nothing_else_is_the_reason_where_more_than_verification_is_lacking() -> None:

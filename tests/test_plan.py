@@ -17,9 +17,9 @@ ROOT_WITHOUT_VERITY = ALL - VERITY
 ORDINARY = frozenset((Fact.FUSE, Fact.FUSE_MOUNT))
 ORDINARY_WITH_VERITY = ALL - {Fact.EROFS, Fact.MOUNT, Fact.KERNEL_VIEW}
 NAMESPACE = ALL - {Fact.KERNEL_VIEW}
-BEFORE_6_5 = ALL - {Fact.DATA_LAYERS, Fact.OVERLAY_VERITY, Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
-KERNEL_FACTS = [Fact.EROFS, Fact.DATA_LAYERS, Fact.KERNEL_VIEW]
-KERNEL_VERITY_FACTS = [Fact.EROFS, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.DATA_LAYERS, Fact.KERNEL_VIEW]
+BEFORE_6_7 = ALL - {Fact.FULL_VIEW, Fact.OVERLAY_VERITY, Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
+KERNEL_FACTS = [Fact.EROFS, Fact.FULL_VIEW, Fact.KERNEL_VIEW]
+KERNEL_VERITY_FACTS = [Fact.EROFS, Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY, Fact.FULL_VIEW, Fact.KERNEL_VIEW]
 BEFORE_6_16 = {Fact.USER_OVERLAY_DATA}
 BEFORE_5_11 = {Fact.USER_OVERLAY, Fact.USER_OVERLAY_DATA}
 LAYERS = "upperdir=/u,workdir=/w"
@@ -54,8 +54,8 @@ IDMAP = "idmap= is not for it"
         ("noverity", ALL, KERNEL),
         ("noverity", ROOT_WITHOUT_VERITY, KERNEL),
         ("noverity", frozenset(KERNEL_FACTS), KERNEL),
-        ("noverity", BEFORE_6_5, FUSE),
-        ("noverity,backend=kernel", BEFORE_6_5, KERNEL),
+        ("noverity", BEFORE_6_7, FUSE),
+        ("noverity,backend=kernel", BEFORE_6_7, KERNEL),
         ("noverity", NAMESPACE, OVERLAY),
         ("noverity", NAMESPACE - VERITY, OVERLAY),
         ("noverity", NAMESPACE - {Fact.FUSE_MOUNT, Fact.USER_OVERLAY}, OVERLAY),
@@ -201,7 +201,7 @@ WRITABLE_FUSE_FACTS = [Fact.FUSE, Fact.MOUNT, Fact.USER_OVERLAY]
     [
         ("noverity", ALL, KERNEL_FACTS),
         ("noverity", NAMESPACE, [*KERNEL_FACTS, *OVERLAY_FACTS]),
-        ("noverity", BEFORE_6_5, [*KERNEL_FACTS[:2], *OVERLAY_FACTS, *FUSE_FACTS]),
+        ("noverity", BEFORE_6_7, [*KERNEL_FACTS[:2], *OVERLAY_FACTS, *FUSE_FACTS]),
         ("noverity", ORDINARY, [Fact.EROFS, *OVERLAY_FACTS[:2], *FUSE_FACTS]),
         ("", ALL, KERNEL_VERITY_FACTS),
         ("", NAMESPACE, [*KERNEL_VERITY_FACTS, *OVERLAY_VERITY_FACTS]),
@@ -299,13 +299,13 @@ def lacking(facts: list[Fact]) -> list[str]:
     return [f"no {fact.value}" for fact in facts]
 
 
-@pytest.mark.parametrize("has", [ALL, BEFORE_6_5])
+@pytest.mark.parametrize("has", [ALL, BEFORE_6_7])
 @pytest.mark.parametrize("name", ["auto", "kernel", "overlay", "fuse"])
 def test_judgement_of_a_backend_does_not_depend_on_which_other_is_named(name: str, has: frozenset[Fact]) -> None:
     named = judge(parse("noverity")._replace(backend=name), Facts(has).look)
     for verdict, expected in zip(named, judge(parse("noverity"), Facts(has).look), strict=True):
         if verdict.backend.value == name:  # who names the kernel may have it with the view that it has
-            assert set(verdict.problems) == set(expected.problems) - {f"no {Fact.DATA_LAYERS.value}"}
+            assert set(verdict.problems) == set(expected.problems) - {f"no {Fact.FULL_VIEW.value}"}
         else:
             assert verdict == expected
 

@@ -17,6 +17,7 @@ from cfsfuse.errors import HostError
 from cfsfuse.mount import fusemount, kernel, overlayfs, probe, sample, syscalls
 from cfsfuse.mount.plan import Fact
 from cfsfuse.mount.probe import Host
+from cfsfuse.mount.syscalls import Context
 from cfsfuse.mount.trial import Trial
 from cfsfuse.verity.digest import SHA256
 from cfsfuse.verity.ioctl import Absence, Measured
@@ -279,10 +280,10 @@ def test_the_trial_is_what_the_reader_shows(tmp_path: Path) -> None:
         (Fact.KERNEL_VIEW, True, False, 1),
         (Fact.KERNEL_VIEW, False, True, 0),
         (Fact.KERNEL_VIEW, False, False, 1),
-        (Fact.DATA_LAYERS, True, True, 0),
-        (Fact.DATA_LAYERS, True, False, 1),
-        (Fact.DATA_LAYERS, False, True, 0),
-        (Fact.DATA_LAYERS, False, False, 1),
+        (Fact.FULL_VIEW, True, True, 0),
+        (Fact.FULL_VIEW, True, False, 1),
+        (Fact.FULL_VIEW, False, True, 0),
+        (Fact.FULL_VIEW, False, False, 1),
     ],
 )
 def test_a_trial_is_made(
@@ -296,18 +297,30 @@ def test_a_trial_is_made(
     """Where somebody is told, or overlayfs is old: else the mount that follows says the same."""
     tried: list[str] = []
     monkeypatch.setattr(probe, "_erofs", lambda: None)
-    monkeypatch.setattr(overlayfs, "has_data_layers", lambda: has)
+    monkeypatch.setattr(overlayfs, "appends_layers", lambda: has)
     monkeypatch.setattr(probe, "_in_child", lambda _: tried.append("trial"))
     assert Host(tells=tells).look(fact) is None
     assert len(tried) == trials
 
 
-@pytest.mark.parametrize(("at", "has"), [("set", True), ("takes_anything", False), ("__init__", False)])
-def test_overlayfs_that_reads_parameters_as_they_come_has_data_layers(
-    monkeypatch: pytest.MonkeyPatch, at: str, *, has: bool
-) -> None:
-    monkeypatch.setattr(overlayfs, "Context", refusing(errno.EINVAL, at=at))
-    assert overlayfs.has_data_layers() is has
+@pytest.mark.parametrize("age", ["6.7", "6.5", "5.10", "none"])
+def test_overlayfs_takes_layers_one_by_one(monkeypatch: pytest.MonkeyPatch, age: str) -> None:
+    class Overlay(Context):
+        """Takes what overlayfs of that age does."""
+
+        def __init__(self, _fstype: str) -> None:
+            if age == "none":
+                raise OSError(errno.ENODEV, "No such device")
+            self._fd = os.memfd_create("context")
+
+        def set(self, key: str, value: str | int | None = None) -> None:
+            assert value is not None
+            if age == "5.10" or (age == "6.7" and key in ("lowerdir+", "datadir+")):
+                return
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(overlayfs, "Context", Overlay)
+    assert overlayfs.appends_layers() is (age == "6.7")
 
 
 # The objects ----------------------------------------------------------------------------------------------------------

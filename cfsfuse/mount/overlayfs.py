@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from typing import TYPE_CHECKING
 
 from cfsfuse.errors import HostError
@@ -38,13 +39,18 @@ class TooOldError(Exception):
     """The kernel lacks a part of the new mount calls: fsopen(2) itself, or overlayfs' `lowerdir+`."""
 
 
-def has_data_layers() -> bool:
-    """Return whether overlayfs has data-only layers, surely: it reads parameters as they come since Linux 6.5, too."""
+def appends_layers() -> bool:
+    """Return whether overlayfs takes layers one by one: since Linux 6.7, which also shows an image as it is."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
-        with Context("overlay") as context:
-            return not context.takes_anything()
-    except OSError:
+        with Context("overlay") as context, closing(os.open("/", flags)) as layer:
+            if context.takes_anything():
+                return False
+            for key in ("lowerdir+", "datadir+"):
+                _set_layer(context, key, layer)
+    except (OSError, TooOldError):
         return False
+    return True
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Fact(Enum):
     EROFS = "EROFS mounts"
     MOUNT = "mounts without a helper"
     KERNEL_VIEW = "kernel mounts of composefs images"
-    DATA_LAYERS = "kernel mounts, data-only layers"
+    FULL_VIEW = "the same, nothing hidden or added"
     USER_OVERLAY = "overlayfs with user.* xattrs"
     USER_OVERLAY_DATA = "the same with data-only layers"
     OVERLAY_VERITY = "overlayfs that verifies"
@@ -129,7 +129,7 @@ def _needs(backend: Backend, options: MountOptions) -> Iterator[Fact]:
         yield from (Fact.OVERLAY_VERITY, Fact.OBJECTS_VERITY)
     if backend is Backend.KERNEL:
         if options.backend != backend.value:  # who names it may have it with another view
-            yield Fact.DATA_LAYERS
+            yield Fact.FULL_VIEW
         yield Fact.KERNEL_VIEW
     else:
         yield Fact.USER_OVERLAY_DATA

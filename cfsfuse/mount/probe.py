@@ -57,7 +57,7 @@ class Host:
     def _find_out(self, fact: Fact) -> str | None:
         if fact is Fact.OBJECTS_VERITY:
             return self._objects()
-        if fact is Fact.KERNEL_VIEW and not self._tells and overlayfs.has_data_layers():
+        if fact is Fact.KERNEL_VIEW and not self._tells and overlayfs.appends_layers():
             return None
         return _TRIES[fact]()
 
@@ -149,9 +149,9 @@ def _kernel_view() -> str | None:
     return _try_kernel(lambda trial: trial.read())
 
 
-def _data_layers() -> str | None:
-    """Let the kernel show a tree, where overlayfs is old, and look whether it is merged with the store."""
-    return None if overlayfs.has_data_layers() else _try_kernel(lambda trial: trial.look())
+def _full_view() -> str | None:
+    """Let the kernel show a tree, where overlayfs is old, and look whether that is all of it, and nothing else."""
+    return None if overlayfs.appends_layers() else _try_kernel(lambda trial: trial.look())
 
 
 def _try_kernel(look: Callable[[Trial], None]) -> str | None:
@@ -236,7 +236,7 @@ _TRIES = {
     Fact.EROFS: _erofs,
     Fact.MOUNT: _mount,
     Fact.KERNEL_VIEW: _kernel_view,
-    Fact.DATA_LAYERS: _data_layers,
+    Fact.FULL_VIEW: _full_view,
     Fact.USER_OVERLAY: _user_overlay,
     Fact.USER_OVERLAY_DATA: _user_overlay_data,
     Fact.OVERLAY_VERITY: _overlay_verity,

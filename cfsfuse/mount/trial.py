@@ -13,6 +13,8 @@ from cfsfuse.tree import Directory, Entry, External, Stat
 from cfsfuse.verification import Verification
 
 _CONTENT = b"the kernel shows this file"
+_XATTR = b"trusted.overlay.trial"
+_REMEDY = "--backend=kernel mounts it so"
 
 
 class Trial:
@@ -41,13 +43,19 @@ class Trial:
             raise HostError("this kernel's overlayfs shows an empty file where it should follow a redirect")
 
     def look(self) -> None:
-        """Look at the root; raise HostError when it is not the image's own."""
+        """Look at the root and at an xattr; raise HostError when they are not the image's."""
         self._mount()
         if os.stat(self._mountpoint).st_nlink == 1:
             raise HostError(
                 "overlayfs of this kernel merges image and store, and has other numbers of inodes and links, for "
-                "data-only layers need Linux 6.5; --backend=kernel mounts it so"
+                f"data-only layers need Linux 6.5; {_REMEDY}"
             )
+        try:
+            os.getxattr(os.path.join(self._mountpoint, "file"), _XATTR)
+        except OSError:
+            raise HostError(
+                f"overlayfs of this kernel hides xattrs trusted.overlay.* of the image: that needs Linux 6.7; {_REMEDY}"
+            ) from None
 
     def _mount(self) -> None:
         syscalls.unshare_mounts()
@@ -56,5 +64,6 @@ class Trial:
 
 
 def _tree() -> Entry:
-    file = External(Stat(stat.S_IFREG | 0o644, 1, 0, 0, 0, len(_CONTENT), 0), {}, b"aa/object", None)
+    status = Stat(stat.S_IFREG | 0o644, 1, 0, 0, 0, len(_CONTENT), 0)
+    file = External(status, {_XATTR: b"value"}, b"aa/object", None)
     return Entry(Directory(Stat(stat.S_IFDIR | 0o755, 2, 0, 0, 0, 0, 0), {}), {b"file": Entry(file)})
