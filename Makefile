@@ -1,4 +1,4 @@
-.PHONY: help demo test lint man bench lock clean
+.PHONY: help demo test kernels lint man bench lock clean
 .DEFAULT_GOAL := help
 
 python := .venv/bin/python
@@ -15,10 +15,17 @@ test: lint  ## lint, unit tests, then the integration tests that are not slow
 	$(python) -m pytest
 	$(python) -m pytest integration -m "not slow"
 
-lint:  ## ruff and mypy
+kernels:  ## test with Linux 5.10, 6.1, 6.12 and the newest, in emulated guests, as root: half an hour
+	@.ci/setup kernels
+	$(python) -m pytest integration/vm -m slow -o faulthandler_timeout=0
+
+include := import sysconfig; print("-I" + sysconfig.get_path("include"))
+
+lint:  ## ruff, mypy, and the warnings of the C compiler
 	@.ci/setup run
 	$(python) -m ruff check
 	$(python) -m ruff format --check
+	gcc -fsyntax-only -O3 -Wall -Wextra -Werror -Wno-psabi $$($(python) -c '$(include)') cfsfuse/verity/_lanes.c
 	$(python) -m mypy
 
 man:  ## write docs/man from the argument parser
