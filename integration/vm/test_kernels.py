@@ -55,8 +55,8 @@ _WAYS = {
 # What becomes of a kernel mount that is asked for by name, with trees in the store and without.
 _REFUSED, _MERGED, _MOUNTED = (False, False), (False, True), (True, True)
 _NAMED = {"5.10": _REFUSED, "6.1": _MERGED, "6.12": _MOUNTED, "newest": _MOUNTED}
-# The checks that differ where it merges image and store, and is that old (docs/backends.md): numbers of inodes and links,
-# the order of listings, xattrs that overlayfs hides. Contents, link targets and errors do not.
+# The checks that differ where it merges image and store, and is that old (docs/backends.md): in numbers of inodes and
+# links, the order of listings, xattrs that overlayfs hides. Contents, link targets and errors are the same.
 _OF_MERGING = {
     "stat",
     "stat-open",
