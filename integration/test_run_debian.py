@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import platformdirs
 import pytest
 
+from integration.debian import Unavailable, keyring, locked, mirror, reason
 from integration.mounts import CFSFUSE, ORDINARY, SELF, mount_in_private_namespace, require
-from integration.oracles import fetch
 from integration.test_run import Place, Tree, prepared, snapshot
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def suite() -> str:
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     known = [name for name in names if os.path.exists(os.path.join(_SCRIPTS, name))]
     if not known:
-        raise fetch.OracleUnavailable("apt is configured with no suite that debootstrap knows")
+        raise Unavailable("apt is configured with no suite that debootstrap knows")
     return known[0]
 
 
@@ -57,8 +57,8 @@ def bootstrap(cache: str, root: str, name: str) -> None:
     partial = tempfile.mkdtemp(prefix=".partial-", dir=cache)
     try:
         made = os.path.join(partial, "root")
-        options = ["--variant=minbase", "--include=python3-minimal", f"--keyring={fetch._keyring()}"]
-        command = [require("debootstrap"), *options, name, made, fetch._mirror()]
+        options = ["--variant=minbase", "--include=python3-minimal", f"--keyring={keyring()}"]
+        command = [require("debootstrap"), *options, name, made, mirror()]
         # It mounts /proc in there: in a namespace of its own nothing of that can stay.
         subprocess.run(
             [*mount_in_private_namespace(), *command], check=True, capture_output=True, timeout=_BOOTSTRAP_TIMEOUT
@@ -78,11 +78,11 @@ def debian() -> str:
     try:
         name = suite()
         root = os.path.join(cache, f"debian-{name}-{os.uname().machine}")
-        with fetch._locked(cache):
+        with locked(cache):
             if not os.path.exists(root):
                 bootstrap(cache, root, name)
-    except (OSError, subprocess.SubprocessError, fetch.OracleUnavailable) as error:
-        said = error if isinstance(error, fetch.OracleUnavailable) else fetch._reason(error)
+    except (OSError, subprocess.SubprocessError, Unavailable) as error:
+        said = error if isinstance(error, Unavailable) else reason(error)
         pytest.skip(f"debootstrap: {said}")
     return root
 

@@ -22,8 +22,6 @@ _SUITE = "sid"
 _PACKAGES = ("composefs", "libcomposefs1", "libc6", "libssl3t64", "libzstd1", "zlib1g")
 _TOOL_TIMEOUT = 600  # seconds; a whole system's directory takes a minute
 
-# For test_run_debian.py, which downloads a system.
-_keyring, _locked, _mirror, _reason = debian.keyring, debian.locked, debian.mirror, debian.reason
 
 OracleUnavailable = debian.Unavailable
 """The reference tools cannot be had here; the text says why."""
