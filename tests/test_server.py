@@ -136,7 +136,6 @@ class Served:
         """Make a request of a node, and return the answer, which must come at once."""
         nid = path if isinstance(path, int) else self.nid(path)
         self.server._serve(packed(opcode, nid, body, pid=pid))
-        self.server._acknowledge()  # as when there is nothing else to do
         return self.answer()
 
     def answer(self, unique: int = 7) -> Answer:
@@ -312,31 +311,6 @@ def test_forgetting_is_not_answered(served: Served, opcode: int) -> None:
 @pytest.mark.parametrize("opcode", [Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.DESTROY])
 def test_ends_are_answered_with_nothing(served: Served, opcode: int) -> None:
     assert served.ask(opcode, b"plain", bytes(24)) == Answer(0, b"")
-
-
-def test_a_release_is_answered_when_there_is_nothing_else_to_do(served: Served) -> None:
-    """Nobody waits for that answer: it must not keep the next request waiting."""
-    served.device.setblocking(False)
-    served.server._serve(packed(Opcode.RELEASE, served.nid(b"plain"), bytes(24), unique=5))
-    assert served.is_silent()
-    served.kernel.send(packed(Opcode.GETATTR, served.nid(b"plain")))
-    request = served.server._receive()
-    assert request
-    served.server._serve(request)
-    assert served.answer().errno == 0
-    assert served.is_silent()
-    assert served.server._receive() is None
-    assert served.answer(unique=5) == Answer(0, b"")
-    assert served.server._receive() is None
-    assert served.is_silent()
-
-
-def test_not_many_releases_stay_unanswered(served: Served) -> None:
-    """The kernel counts them among its background requests, and holds reads back when there are many."""
-    for unique in range(8):
-        served.server._serve(packed(Opcode.RELEASE, served.nid(b"plain"), bytes(24), unique=unique))
-    assert {served.answer(unique=unique).errno for unique in range(8)} == {0}
-    assert served.is_silent()
 
 
 # Nodes ----------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ _WANTED = (
 )
 _MAX_PAGES = 256
 _MAX_BACKGROUND = 64  # reads ahead that the kernel sends before it waits for answers
-_UNACKNOWLEDGED = 8  # releases count as background, too
 _MAX_WRITE = 4096  # there are no writes; a small one keeps the buffer of a request small
 _REQUEST_SIZE = protocol.MIN_READ_BUFFER + _MAX_WRITE
 _new = tuple.__new__
@@ -105,7 +104,6 @@ class Server:
         self._listings = Listings(vfs, self._prepare, COOKIES)
         self._report = Reports().report
         self._later: trio.Nursery | None = None
-        self._unacknowledged: list[int] = []
         self._opens_directories = False
         protocol.check_root(self._root)
         self._handlers: dict[int, Callable[[Request], Answer]] = {
@@ -120,8 +118,7 @@ class Server:
             Opcode.GETXATTR: self._getxattr,
             Opcode.LISTXATTR: self._listxattr,
             Opcode.STATFS: self._statfs,
-            Opcode.RELEASE: self._release,
-            **dict.fromkeys((Opcode.RELEASEDIR, Opcode.DESTROY), _done),
+            **dict.fromkeys((Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.DESTROY), _done),
             **dict.fromkeys((Opcode.FORGET, Opcode.BATCH_FORGET), _ignore),
         }
 
@@ -148,18 +145,9 @@ class Server:
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return b""
-            if error.errno == errno.EAGAIN:
-                self._acknowledge()
-                return None
-            if error.errno in (errno.EINTR, errno.ENOENT):  # the latter: whoever asked has gone
+            if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):  # the last: whoever asked has gone
                 return None
             raise
-
-    def _acknowledge(self) -> None:
-        """Answer what nobody waits for the answer to: when there is nothing else to do, at last before sleeping."""
-        for unique in self._unacknowledged:
-            self._reply(unique, b"")
-        self._unacknowledged.clear()
 
     def _serve(self, data: bytes) -> None:
         _, opcode, unique, nid, _, _, pid, _, _ = _unpack_header(data)
@@ -244,12 +232,6 @@ class Server:
             return _OPENED
 
         self._answer_later(request, "OPEN", opened)
-        return None
-
-    def _release(self, request: Request) -> Answer:
-        self._unacknowledged.append(request.unique)
-        if len(self._unacknowledged) >= _UNACKNOWLEDGED:
-            self._acknowledge()
         return None
 
     def _read(self, request: Request) -> Answer:
