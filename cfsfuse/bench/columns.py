@@ -92,7 +92,8 @@ def _ours(backend: Backend, text: str, log: str, unverified: str | None) -> Colu
     if not any(item.startswith("log=") for item in items):
         items.append(f"log={log}")
     options = ",".join(item.replace(",", "\\,") for item in items if item)
-    program = [sys.executable, "-P", "-m", "cfsfuse.cli.main", "mount", "--backend", backend.value]
+    start = "import sys; from cfsfuse.cli.main import main; sys.exit(main())"  # as the console script has it
+    program = [sys.executable, "-P", "-c", start, "mount", "--backend", backend.value]
     # The same code as ours, wherever that is; a directory of that name where we are is not asked.
     above = os.path.dirname(os.path.dirname(os.path.abspath(cfsfuse.__file__)))
     path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
