@@ -115,8 +115,8 @@ class Vfs:
         """
         parent = self.inode(directory)
         dirents = self.reader.block(parent, block)
-        read = self.reader.inode
-        entries = [(name, parent.numbered(nid) if name in DOTS else read(nid)) for name, nid, _ in dirents]
+        inodes = iter(self.reader.inodes([nid for name, nid, _ in dirents if name not in DOTS]))
+        entries = [(name, parent.numbered(nid) if name in DOTS else next(inodes)) for name, nid, _ in dirents]
         if any(kind == FT_CHRDEV for _, _, kind in dirents):
             entries = [entry for entry in entries if not entry[1].is_whiteout]
         subdirectories = [nid for name, nid, kind in dirents if kind == FT_DIR and name not in DOTS]

@@ -13,6 +13,8 @@ from cfsfuse.erofs.ondisk import DataLayout
 from cfsfuse.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cfsfuse.erofs.image import Image, Nid
 
 NSEC_PER_SEC = 1_000_000_000
@@ -84,41 +86,39 @@ class Inode(NamedTuple):
 
 
 def read_inode(image: Image, nid: Nid) -> Inode:
-    """Read the inode of `nid`; raise ImageError when it is not one that composefs writes.
+    """Read the inode of `nid`; raise ImageError when it is not one that composefs writes."""
+    return read_inodes(image, (nid,))[0]
 
-    Listing a large tree is mostly this function: the order of its checks is that of their cost.
+
+def read_inodes(image: Image, nids: Iterable[Nid]) -> list[Inode]:
+    """Read the inodes of `nids`; raise ImageError when one is not what composefs writes.
+
+    Listing a large tree is mostly this loop: the order of its checks is that of their cost.
     """
-    offset = image.meta_offset + (nid << ondisk.INODE_SLOT_BITS)
-    i_format, icount, mode, size, i_u, _, uid, gid, seconds, nanoseconds, nlink = image.extended_inode(offset)
-    after = offset + 64
-    if not i_format & ondisk.I_FORMAT_EXTENDED:
-        i_format, icount, mode, nlink, size, i_u, _, uid, gid = image.unpack(ondisk.INODE_COMPACT, offset, "inode")
-        seconds, nanoseconds = image.super_block.build_time, image.super_block.build_time_nsec
-        after = offset + 32
-    layout = _LAYOUTS.get((mode & 0o170000) << 4 | i_format)
-    if (
-        layout is None
-        or nanoseconds >= NSEC_PER_SEC
-        or (size > image.size and _is_oversized(image, mode, layout, size))
-    ):
-        raise _bad_inode(offset, i_format, mode, nanoseconds, size)
-    # A NamedTuple's own constructor takes twice as long.
-    return _new(
-        Inode,
-        (
-            nid,
-            mode,
-            nlink,
-            uid,
-            gid,
-            size,
-            seconds * NSEC_PER_SEC + nanoseconds,
-            layout,
-            i_u,
-            after if icount else 0,
-            after + 8 + icount * 4 if icount else after,
-        ),
-    )
+    inodes: list[Inode] = []
+    extended_inode, base, image_size = image.extended_inode, image.meta_offset, image.size
+    for nid in nids:
+        offset = base + (nid << ondisk.INODE_SLOT_BITS)
+        i_format, icount, mode, size, i_u, _, uid, gid, seconds, nanoseconds, nlink = extended_inode(offset)
+        after = offset + 64
+        if not i_format & ondisk.I_FORMAT_EXTENDED:
+            i_format, icount, mode, nlink, size, i_u, _, uid, gid = image.unpack(ondisk.INODE_COMPACT, offset, "inode")
+            seconds, nanoseconds = image.super_block.build_time, image.super_block.build_time_nsec
+            after = offset + 32
+        layout = _LAYOUTS.get((mode & 0o170000) << 4 | i_format)
+        if (
+            layout is None
+            or nanoseconds >= NSEC_PER_SEC
+            or (size > image_size and _is_oversized(image, mode, layout, size))
+        ):
+            raise _bad_inode(offset, i_format, mode, nanoseconds, size)
+        mtime_ns = seconds * NSEC_PER_SEC + nanoseconds
+        xattr_offset = after if icount else 0
+        data_offset = after + 8 + icount * 4 if icount else after
+        # A NamedTuple's own constructor takes twice as long.
+        inode = (nid, mode, nlink, uid, gid, size, mtime_ns, layout, i_u, xattr_offset, data_offset)
+        inodes.append(_new(Inode, inode))
+    return inodes
 
 
 def _is_oversized(image: Image, mode: int, layout: DataLayout, size: int) -> bool:
