@@ -115,6 +115,7 @@ class Vfs:
         """
         parent = self.inode(directory)
         dirents = self.reader.block(parent, block)
+        # In one go, which is faster; all but those of the directory itself and its parent.
         inodes = iter(self.reader.inodes([nid for name, nid, _ in dirents if name not in DOTS]))
         entries = [(name, parent.numbered(nid) if name in DOTS else next(inodes)) for name, nid, _ in dirents]
         if any(kind == FT_CHRDEV for _, _, kind in dirents):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -43,11 +42,10 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def waiter(seconds: float, *, idle: Callable[[], bool] = lambda: True) -> RequestWaiter:
-    parameters: dict[str, Any] = {
-        name: (lambda: False) for name in inspect.signature(RequestWaiter).parameters if name == "work_ahead"
-    }
-    return RequestWaiter(seconds, idle, **parameters)
+def waiter(
+    seconds: float, *, idle: Callable[[], bool] = lambda: True, work: Callable[[], bool] = lambda: False
+) -> RequestWaiter:
+    return RequestWaiter(seconds, idle, work)
 
 
 def processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -145,6 +143,51 @@ async def test_after_a_pause_it_waits_asleep_first(
     sleeps.clear()
     await request(waiting, pipe)
     assert len(sleeps) == 1
+
+
+async def test_other_tasks_get_their_turn_while_there_is_work_ahead(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is: a signal, or the end of the mount, waits for a few steps at most."""
+    processors(monkeypatch, 2)
+    steps: list[float] = []
+
+    def work() -> bool:
+        time.sleep(0.0005)
+        steps.append(time.monotonic())
+        return True
+
+    waiting = waiter(LONG, work=work)
+    await close_requests(waiting, pipe, 1)
+    await request(waiting, pipe)
+    steps.clear()
+    turns = 0
+    with trio.move_on_after(0.2) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiting.wait_readable, pipe[0])
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+    assert scope.cancelled_caught
+    assert len(steps) > 20
+    assert turns > len(steps) / 10
+
+
+async def test_no_work_ahead_while_others_are_working(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    processors(monkeypatch, 2)
+    steps: list[int] = []
+    idle = [True]
+
+    def work() -> bool:
+        steps.append(1)
+        idle[0] = len(steps) < 5
+        return True
+
+    waiting = waiter(LONG, work=work, idle=lambda: idle[0])
+    await request(waiting, pipe)
+    with trio.move_on_after(0.1):
+        await waiting.wait_readable(pipe[0])
+    assert len(steps) == 5
 
 
 async def test_other_tasks_get_their_turn_while_requests_pour_in(

@@ -98,11 +98,11 @@ class Operations(pyfuse3.Operations):
         reply = pyfuse3.readdir_reply
         block, skip = divmod(start_id, COOKIES)
         while True:
-            answers, _, is_last = self._listings.get(fh, block)
-            for name, attributes, cookie in answers[skip:]:
+            prepared = self._listings.get(fh, block)
+            for name, attributes, cookie in prepared.answer[skip:]:
                 if not reply(token, name, attributes, cookie):
                     return
-            if is_last:
+            if prepared.is_last:
                 return
             block, skip = block + 1, 0
 

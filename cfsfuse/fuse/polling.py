@@ -52,19 +52,20 @@ class RequestWaiter:
         """Return what `take` gives; when it has nothing to give, it will have when `fd` is readable."""
         start = perf_counter()
         if start - self._last_turn > _TURN:
-            await trio.lowlevel.checkpoint()
-            start = self._last_turn = perf_counter()
-        found = self._take_until(start + self._seconds, take) if self._close and self._is_idle() else take()
-        while found is None:
+            start = await self._take_turn()
+        end = start + self._seconds
+        while (found := take()) is None:
+            if self._close and self._is_idle() and (self._work_ahead() or perf_counter() < end):
+                if perf_counter() - self._last_turn > _TURN:
+                    await self._take_turn()
+                continue
             await trio.lowlevel.wait_readable(fd)
             self._last_turn = perf_counter()
             self._close = self._last_turn - start < self._seconds * _CLOSE
-            found = take()
         return found
 
-    def _take_until(self, end: float, take: Callable[[], T | None]) -> T | None:
-        """Poll until there is something, or until it is time to sleep."""
-        while (found := take()) is None:
-            if not self._work_ahead() and perf_counter() > end:
-                return None
-        return found
+    async def _take_turn(self) -> float:
+        """Give the event loop a turn; return the time after it."""
+        await trio.lowlevel.checkpoint()
+        self._last_turn = perf_counter()
+        return self._last_turn

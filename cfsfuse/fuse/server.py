@@ -218,7 +218,7 @@ class Server:
         return _ABSENT if inode is None else protocol.ENTRY_OUT.pack(*self._entry(inode))
 
     def _getattr(self, request: Request) -> Answer:
-        return protocol.ATTR_OUT.pack(FOREVER, 0, 0, *self._attributes(self._vfs.inode(request.nid)))
+        return protocol.ATTR_OUT.pack(FOREVER, 0, 0, *self._entry(self._vfs.inode(request.nid))[_ATTRIBUTES:])
 
     def _readlink(self, request: Request) -> Answer:
         return self._vfs.readlink(request.nid)
@@ -293,55 +293,49 @@ class Server:
         block, skip = divmod(offset, COOKIES)
         pieces = []
         while True:
-            (records, ends, files), _, is_last = self._listings.get(request.nid, block)
+            prepared = self._listings.get(request.nid, block)
+            records, ends, files = prepared.answer
             self._ahead = files[::-1]
             first = min(skip, len(ends) - 1)
             last = bisect.bisect_right(ends, ends[first] + size) - 1
             pieces.append(records[ends[first] : ends[last]])
-            if is_last or last < len(ends) - 1:
+            if prepared.is_last or last < len(ends) - 1:
                 return b"".join(pieces)
             size -= ends[last] - ends[first]
             block, skip = block + 1, 0
 
     def _prepare(self, entries: Entries, cookie: int) -> _Records:
-        records = [self._record(name, inode, at) for at, (name, inode) in enumerate(entries, cookie)]
+        records = []
+        for at, (name, inode) in enumerate(entries, cookie):
+            # Of the directory itself and its parent, zeros say that only the number and the type are told.
+            entry = _NO_ENTRY if name in DOTS else self._entry(inode)
+            length = len(name)
+            record = _pack_direntplus(*entry, inode.nid, at, length, inode.mode >> _TYPE_SHIFT)
+            records.append(record + name + _PADDING[-length & 7])
         ends = [*accumulate(map(len, records), initial=0)]
         files = [inode.nid for _, inode in entries if inode.is_regular] if self._prepares_xattrs else []
         return _Records(b"".join(records), ends, files)
 
-    def _record(self, name: bytes, inode: Inode, cookie: int) -> bytes:
-        # Of the directory itself and its parent, zeros say that only the number and the type are told.
-        entry = _NO_ENTRY if name in DOTS else self._entry(inode)
-        length = len(name)
-        dirent = (inode.nid, cookie, length, inode.mode >> _TYPE_SHIFT)
-        return _pack_direntplus(*entry, *dirent) + name + _PADDING[-length & 7]
-
     def _entry(self, inode: Inode) -> tuple[int, ...]:
-        if inode.nid <= protocol.ROOT_ID:
-            raise ImageError("dirent nid", f"{inode.nid} stands for the root, or for nothing, in FUSE")
-        return (inode.nid, 0, FOREVER, FOREVER, 0, 0, *self._attributes(inode))
-
-    def _attributes(self, inode: Inode) -> tuple[int, ...]:
         nid, mode, nlink, uid, gid, size, mtime_ns, _, i_u, _, _ = inode
-        seconds, nanoseconds = divmod(mtime_ns, NSEC_PER_SEC)
+        if nid <= protocol.ROOT_ID:
+            raise ImageError("dirent nid", f"{nid} stands for the root, or for nothing, in FUSE")
+        blocks = (size + 4095 >> 12) << 3
+        s, ns = divmod(mtime_ns, NSEC_PER_SEC)
+        owner = uid if self._uid is None else self._uid
+        group = gid if self._gid is None else self._gid
+        rdev = i_u if mode & DEVICE_MASK == stat.S_IFCHR else 0
+        # Plain values in one tuple, without another call: a walk makes one for each entry.
         return (
-            nid,
-            size,
-            (size + 4095 >> 12) << 3,
-            *(seconds, seconds, seconds),
-            *(nanoseconds, nanoseconds, nanoseconds),
-            mode,
-            nlink,
-            uid if self._uid is None else self._uid,
-            gid if self._gid is None else self._gid,
-            i_u if mode & DEVICE_MASK == stat.S_IFCHR else 0,
-            _BLOCK_SIZE,
-            0,
-        )
+            nid, 0, FOREVER, FOREVER, 0, 0,
+            nid, size, blocks, s, s, s, ns, ns, ns,
+            mode, nlink, owner, group, rdev, 4096, 0,
+        )  # fmt: skip
 
 
 _ABSENT = protocol.ENTRY_OUT.pack(0, 0, FOREVER, *[0] * 19)
 _NO_ENTRY = (0,) * 22
+_ATTRIBUTES = 6  # in an entry, behind its number and the timeouts
 _PADDING = [bytes(size) for size in range(8)]
 _OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE, 0)
 _DIRECTORY_OPENED = protocol.OPEN_OUT.pack(0, OpenFlag.KEEP_CACHE | OpenFlag.CACHE_DIR, 0)
@@ -350,7 +344,6 @@ _HEADER = protocol.OUT_HEADER.size
 _unpack_header = protocol.IN_HEADER.unpack_from
 _pack_header = protocol.OUT_HEADER.pack
 _pack_direntplus = protocol.DIRENTPLUS.pack
-_BLOCK_SIZE = 4096
 _TYPE_SHIFT = 12  # the type in st_mode is above the permissions, in a dirent alone
 
 
