@@ -58,12 +58,20 @@ class ImageDigestMismatch(CfsError):
 
 
 class ObjectError(CfsError):
-    """An object cannot give the bytes that the image promises. `path` is its path below a base directory."""
+    """An object cannot give the bytes that the image promises. `path` is its path below a base directory.
+
+    `file` is the path in the image of a file whose content it is, set by whoever knows it.
+    """
 
     def __init__(self, path: bytes, reason: str) -> None:
         self.path = path
         self.reason = reason
-        super().__init__(f"object {printable(path)}: {reason}")
+        self.file: bytes | None = None
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        prefix = "" if self.file is None else f"{printable(self.file)}: "
+        return f"{prefix}object {printable(self.path)}: {self.reason}"
 
 
 class ObjectMissing(ObjectError):

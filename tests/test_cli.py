@@ -173,6 +173,7 @@ def test_cat_gives_verified_bytes(tmp_path: Path, capfdbinary: Capture, monkeypa
     result = run(capfdbinary, "cat", image, "/large", "--basedir", base)
     assert result.code == 3
     assert content.startswith(result.out)
+    assert result.err.startswith("cfsfuse: /large: object ")
     assert "not in any base directory" in fails(capfdbinary, 3, "cat", image, "/large")
     assert "base directory" in fails(capfdbinary, 2, "cat", image, "/large", "--basedir", tmp_path / "absent")
 

@@ -186,10 +186,38 @@ def test_a_wrong_object_leaves_nothing(tmp_path: Path, capfdbinary: Capture) -> 
         if path.is_file() and path.read_bytes().startswith(b"bad"):
             path.write_bytes(b"BAD" * 100)
     line = fails(capfdbinary, 3, "extract", image, tmp_path / "dest", "--basedir", tmp_path / "objects")
+    assert line.startswith("cfsfuse: /b: object ")
     assert "fs-verity digest" in line
     assert listing(tmp_path) == []
     result = run(capfdbinary, "extract", image, tmp_path / "dest", "--noverity", "--basedir", tmp_path / "objects")
     assert result.code == 0
+
+
+def test_keep_going_leaves_out_and_names_what_is_wrong(tmp_path: Path, capfdbinary: Capture) -> None:
+    good, bad = add_object(tmp_path / "objects", b"good" * 100), add_object(tmp_path / "objects", b"bad" * 100)
+    missing = im.external(5, b"cc/missing", bytes(32))
+    twice = im.external(5, b"dd/missing", bytes(32), nlink=2)
+    below = im.directory({b"bad": bad, b"good": good, b"gone": missing})
+    image = write_image(tmp_path / "image", {b"a": im.directory({b"below": below}), b"x": twice, b"y": twice})
+    (path,) = (path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.stat().st_size == 300)
+    path.write_bytes(b"BAD" * 100)
+
+    result = run(capfdbinary, "extract", "-k", image, tmp_path / "dest", "--basedir", tmp_path / "objects")
+    assert result.code == 3
+    *lines, summary = result.err.splitlines()
+    files = [line.removeprefix("cfsfuse extract: ").partition(": object ")[0] for line in lines]
+    assert files == ["/a/below/bad", "/a/below/gone", "/x", "/y"]
+    assert summary.endswith("; not verified and left out: 4 files")
+    assert "1 files of 400 bytes" in summary
+    assert os.listdir(tmp_path / "dest/a/below") == ["good"]
+    assert os.listdir(tmp_path / "dest") == ["a"]
+
+    # The path is that in the image, also where a part of it is extracted. A single file leaves nothing to go on with.
+    result = run(capfdbinary, "extract", "-k", image, "/a/below", tmp_path / "part", "--basedir", tmp_path / "objects")
+    assert result.err.startswith("cfsfuse extract: /a/below/bad: object ")
+    line = fails(capfdbinary, 3, "extract", "-k", image, "/x", tmp_path / "x", "--basedir", tmp_path / "objects")
+    assert line.startswith("cfsfuse: /x: object ")
+    assert listing(tmp_path) == ["dest", "part"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

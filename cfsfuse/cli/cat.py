@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cfsfuse.access import content, resolve
 from cfsfuse.cli import common
-from cfsfuse.errors import UsageError, printable
+from cfsfuse.errors import ObjectError, UsageError, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -30,7 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
             kind = common.type_name(inode.mode)
             raise UsageError(f"{printable(path)}: is a {kind}, not a regular file")
         pieces = content(store, reader.node(inode))
-        with common.output():
-            for piece in pieces:
-                sys.stdout.buffer.write(piece)
+        try:
+            with common.output():
+                for piece in pieces:
+                    sys.stdout.buffer.write(piece)
+        except ObjectError as error:
+            error.file = path
+            raise
     return 0

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from cfsfuse.access import content, resolve
 from cfsfuse.atomic import opened_directory
 from cfsfuse.cli import common
+from cfsfuse.cli.main import BAD, DONE
 from cfsfuse.erofs.reader import Room
-from cfsfuse.errors import HostError, ImageError, UsageError
+from cfsfuse.errors import HostError, ImageError, ObjectError, UsageError
 from cfsfuse.tree import Sparse, Symlink
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from cfsfuse.erofs.image import Nid
     from cfsfuse.erofs.inode import Inode
@@ -51,6 +52,13 @@ that may not be made here are left out, and counted in the summary.
     parser.add_argument("path", metavar="PATH", help="the entry of the image to extract, instead of all")
     parser.add_argument("dest", metavar="DEST", nargs="?", help="where to; it must not exist, or be an empty directory")
     common.add_store(parser)
+    parser.add_argument(
+        "-k",
+        "--keep-going",
+        action="store_true",
+        help="leave out files whose content cannot be verified, name each, and exit with 3 in the end; "
+        "otherwise the first one ends it, and nothing is extracted",
+    )
     parser.add_argument("--no-xattrs", action="store_true", help="leave the extended attributes out")
     parser.add_argument("--no-owner", action="store_true", help="leave the owner to be whoever extracts")
 
@@ -61,13 +69,25 @@ def run(arguments: argparse.Namespace) -> int:
     chown = not arguments.no_owner and os.geteuid() == 0
     with common.opened(arguments.image) as reader, common.terminable(), _progress() as progress:
         inode = resolve(reader, os.fsencode(path), follow=False)
-        extraction = Extraction(reader, store, progress, chown=chown, with_xattrs=not arguments.no_xattrs)
+        extraction = Extraction(
+            reader,
+            store,
+            progress,
+            path=os.fsencode(path).rstrip(b"/"),
+            chown=chown,
+            with_xattrs=not arguments.no_xattrs,
+            leave_out=_leave_out if arguments.keep_going else None,
+        )
         try:
             extract(extraction, inode, dest)
         except OSError as error:
             raise HostError(f"{dest}: cannot extract: {error.strerror}") from None
     print(f"cfsfuse extract: {extraction.done}", file=sys.stderr)
-    return 0
+    return BAD if extraction.done.files_left_out else DONE
+
+
+def _leave_out(error: ObjectError) -> None:
+    print(f"cfsfuse extract: {error}", file=sys.stderr)
 
 
 def extract(extraction: Extraction, inode: Inode, dest: str) -> None:
@@ -101,6 +121,7 @@ class Summary:
     xattrs_skipped: int = 0
     owners_skipped: int = 0
     devices_skipped: int = 0
+    files_left_out: int = 0
 
     def __str__(self) -> str:
         made = [
@@ -115,7 +136,8 @@ class Summary:
             (self.devices_skipped, "devices"),
         ]
         left_out = ", ".join(f"{count} {what}" for count, what in skipped if count)
-        return ", ".join(made) + (f"; not permitted here and left out: {left_out}" if left_out else "")
+        text = ", ".join(made) + (f"; not permitted here and left out: {left_out}" if left_out else "")
+        return text + (f"; not verified and left out: {self.files_left_out} files" if self.files_left_out else "")
 
 
 class Progress(Protocol):
@@ -125,8 +147,9 @@ class Progress(Protocol):
 
 
 class _Level(NamedTuple):
-    """A directory that is being filled: its inode, and what of it is still to come."""
+    """A directory that is being filled: its path from the one above, its inode, and what of it is still to come."""
 
+    path: bytes
     inode: Inode
     entries: Iterator[tuple[bytes, Inode]]
 
@@ -135,26 +158,33 @@ class _Level(NamedTuple):
 class Extraction:
     """One run: where the tree comes from, how much of it is copied, and what has been done so far.
 
-    `links` is a private directory that holds a name, the nid, of each file that has several: what a further name is
-    linked to, however deep the first one is.
+    `path` is that of the top in the image. `leave_out` is told of each file that is left out because its content cannot
+    be had; without it the first such file ends the extraction. `links` is a private directory that holds a name, the
+    nid, of each file that has several: what a further name is linked to, however deep the first one is.
     """
 
     reader: Reader
     store: ObjectStore
     progress: Progress
+    path: bytes
     chown: bool
     with_xattrs: bool
+    leave_out: Callable[[ObjectError], None] | None = None
     links: int = -1
     done: Summary = field(default_factory=Summary)
 
     def copy(self, top: Inode, name: bytes, parent: int) -> None:
         """Make `top` as `name` in the directory descriptor `parent`, with all below it."""
         if not top.is_directory:
-            self._make(top, name, parent)
+            try:
+                self._make(top, name, parent)
+            except ObjectError as error:
+                error.file = self.path
+                raise
             return
         seen: set[Nid] = set()
         at = self._enter(top, name, parent, seen)
-        levels = [_Level(top, self.reader.entries(top))]
+        levels = [_Level(self.path, top, self.reader.entries(top))]
         room = Room(self.reader.image)
         try:
             while levels:
@@ -168,9 +198,9 @@ class Extraction:
                     below = self._enter(inode, name, at, seen)
                     os.close(at)
                     at = below
-                    levels.append(_Level(inode, self.reader.entries(inode)))
+                    levels.append(_Level(name, inode, self.reader.entries(inode)))
                 else:
-                    self._make(inode, name, at)
+                    self._make_or_leave_out(levels, inode, name, at)
         finally:
             if at != parent:
                 os.close(at)
@@ -197,6 +227,17 @@ class Extraction:
             raise
         os.close(at)
         return above
+
+    def _make_or_leave_out(self, levels: list[_Level], inode: Inode, name: bytes, parent: int) -> None:
+        try:
+            self._make(inode, name, parent)
+        except ObjectError as error:
+            error.file = b"/".join([*(level.path for level in levels), name])
+            if self.leave_out is None:
+                raise
+            os.unlink(name, dir_fd=parent)
+            self.done.files_left_out += 1
+            self.leave_out(error)
 
     def _make(self, inode: Inode, name: bytes, parent: int) -> None:
         """Make anything but a directory: a further link where the file is there already."""
