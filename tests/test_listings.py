@@ -22,8 +22,9 @@ AN_INODE = cast("Inode", None)  # nothing here looks at one
 class Tree:
     """Directories by number, each with its blocks, which are lists of subdirectories; it notes what is read of them."""
 
-    def __init__(self, blocks: dict[int, list[list[int]]], *, files: int = 0) -> None:
+    def __init__(self, blocks: dict[int, list[list[int]]], *, files: int = 0, hidden: bool = False) -> None:
         self._blocks = blocks
+        self._hidden = hidden
         self._files = files
         self.read: list[tuple[int, int]] = []
 
@@ -33,7 +34,7 @@ class Tree:
             raise ImageError("i_mode", "no directory")
         blocks = self._blocks[directory]
         subdirectories = [Nid(below) for below in blocks[block]]
-        names = [*subdirectories, *range(self._files)]
+        names = [] if self._hidden else [*subdirectories, *range(self._files)]
         return Listing([(b"%d" % name, AN_INODE) for name in names], subdirectories, is_last=block + 1 == len(blocks))
 
 
@@ -217,6 +218,11 @@ def test_a_listing_that_is_half_prepared_is_not_kept_for_another_walk() -> None:
         ahead.get(at, 0)
         ahead.work_ahead()
     assert [stage.listing for stage in ahead._stages[:-1]] == [None] * (len(ahead._stages) - 1)
+
+
+def test_what_a_hostile_image_hides_counts_too() -> None:
+    """Whiteouts, for example, whose dirents call them directories."""
+    assert listings_of(Tree({1: [[*range(2, 300)]]}, hidden=True)).get(1, 0).cost == 299
 
 
 def wide(count: int) -> Tree:

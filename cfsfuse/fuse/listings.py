@@ -175,6 +175,8 @@ class Listings(Generic[Answer]):
 
     def _make(self, directory: int, block: int, listing: Listing) -> Prepared[Answer]:
         answer = self._prepare(listing.entries, block * self._cookies + 1)
-        prepared = Prepared(answer, listing.subdirectories, listing.is_last, len(listing.entries) + 1)
+        # A hostile image may call directories what is hidden, so that they are no entries.
+        cost = max(len(listing.entries), len(listing.subdirectories)) + 1
+        prepared = Prepared(answer, listing.subdirectories, listing.is_last, cost)
         self._kept.put((directory, block), prepared, prepared.cost)
         return prepared
