@@ -174,7 +174,11 @@ def test_cat_gives_verified_bytes(tmp_path: Path, capfdbinary: Capture, monkeypa
     assert result.code == 3
     assert content.startswith(result.out)
     assert result.err.startswith("cfsfuse: /large: object ")
-    assert "not in any base directory" in fails(capfdbinary, 3, "cat", image, "/large")
+    line = fails(capfdbinary, 2, "cat", image, "/large")
+    assert line.endswith(": not in any base directory: name the object store with --basedir=")
+    (tmp_path / "none").mkdir()
+    line = fails(capfdbinary, 3, "cat", image, "/large", "--basedir", tmp_path / "none")
+    assert line.endswith(": not in any base directory")
     assert "base directory" in fails(capfdbinary, 2, "cat", image, "/large", "--basedir", tmp_path / "absent")
 
 

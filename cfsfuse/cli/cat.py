@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     path = os.fsencode(arguments.path)
     store = common.open_store(arguments)
-    with common.opened(arguments.image) as reader:
+    with common.opened(arguments.image) as reader, common.wanting_store(arguments):
         inode = resolve(reader, path, follow=True)
         if not inode.is_regular:
             kind = common.type_name(inode.mode)

@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from cfsfuse.erofs.reader import Reader
-from cfsfuse.errors import HostError, UsageError
+from cfsfuse.errors import HostError, ObjectMissing, UsageError
 from cfsfuse.imagefile import naming, open_image
 
 if TYPE_CHECKING:
@@ -101,6 +101,17 @@ def open_store(arguments: argparse.Namespace) -> ObjectStore:
     directories = BaseDirectories(base_directories(arguments))
     trees = TreeStore(directories, tree_cache())
     return ObjectStore(directories, trees, Verification.OFF if arguments.noverity else Verification.RECORDED)
+
+
+@contextlib.contextmanager
+def wanting_store(arguments: argparse.Namespace) -> Iterator[None]:
+    """Say what to do when an object is missing because no object store has been named at all."""
+    try:
+        yield
+    except ObjectMissing as error:
+        if base_directories(arguments):
+            raise
+        raise UsageError(f"{error}: name the object store with --basedir=") from None
 
 
 def check_filters(names: Iterable[str]) -> list[bytes]:

@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
             leave_out=_leave_out if arguments.keep_going else None,
         )
         try:
-            extract(extraction, inode, dest)
+            with common.wanting_store(arguments):
+                extract(extraction, inode, dest)
         except OSError as error:
             raise HostError(f"{dest}: cannot extract: {error.strerror}") from None
     print(f"cfsfuse extract: {extraction.done}", file=sys.stderr)

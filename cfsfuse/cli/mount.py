@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-f", "--foreground", action="store_true", help="serve through FUSE in the foreground, log to standard error"
     )
     add_backend(parser)
-    parser.add_argument("--explain", action="store_true", help="say why each backend is chosen or refused")
+    parser.add_argument("--explain", action="store_true", help="say also why each backend is chosen or refused")
 
 
 def add_operands(parser: argparse.ArgumentParser) -> None:
