@@ -38,6 +38,11 @@ class Signature(NamedTuple):
     st_mtime_ns: int
     st_ctime_ns: int
 
+    @classmethod
+    def of(cls, status: os.stat_result) -> Signature:
+        """Return what of `status` changes."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
 
 class Key(NamedTuple):
     """What the image says of an object: path, size in bytes, algorithm and digest, which is empty when it has none.
@@ -66,7 +71,7 @@ class Descriptor:
     def look(self) -> os.stat_result:
         """Take the signature of the file as it is now."""
         status = os.fstat(self.fd)
-        self.signature = Signature(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        self.signature = Signature.of(status)
         return status
 
     def __del__(self) -> None:
@@ -146,6 +151,20 @@ class BaseDirectories:
                     raise
                 raise ObjectUnusable(path, _REASONS.get(error.errno or 0, str(error.strerror))) from None
         raise ObjectMissing(path)
+
+    def signature(self, path: bytes) -> Signature | None:
+        """Return the signature of what stands at `path`, None when that cannot be seen; nothing is opened.
+
+        The path may lead out of the base directory: this is good only to tell a file that has been opened before.
+        """
+        for directory in self._fds:
+            try:
+                return Signature.of(os.stat(path, dir_fd=directory, follow_symlinks=False))
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return None
+        return None
 
     def recorded_trees(self, path: bytes) -> Iterator[Place]:
         """Yield where the Merkle tree of the object at `path` may be recorded, in the order of the base directories."""

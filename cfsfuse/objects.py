@@ -89,6 +89,16 @@ class ObjectStore:
         """
         self.read(node, 0, 0, wait=wait)
 
+    def is_known_good(self, node: External) -> bool:
+        """Return whether a small file has been verified and its object looks as it did then, which `open` demands.
+
+        It takes a third of what `open` takes. It may wait for the disk.
+        """
+        if node.path is None:
+            return False
+        known = self._known_good.get(self._key(node))
+        return known is not None and self._directories.signature(node.path) == known
+
     def read(self, node: External, offset: int, length: int, *, wait: bool = True) -> Bytes:
         """Return verified bytes of `node`, fewer than `length` only at the end of the file."""
         return self.finish(self.load(node, offset, length, wait=wait), offset, length)

@@ -350,6 +350,42 @@ def test_changed_small_object_is_noticed_when_opened_again(store: Store) -> None
         objects.open(node)
 
 
+def test_small_object_is_known_good_until_something_happens_to_it(tmp_path: Path) -> None:
+    store = Store(tmp_path, bases=2)
+    node = store.add(SMALL, base=1)
+    objects = store.open()
+    assert not objects.is_known_good(node)
+    objects.open(node)
+    assert objects.is_known_good(node)
+    assert not objects.is_known_good(node_of(len(SMALL), b"ab/object", Digest("sha256", bytes(32))))
+    assert not objects.is_known_good(node_of(len(SMALL), None, node.digest))
+    # What stands in the first base directory is what would be opened, whatever it is.
+    store.path().parent.mkdir()
+    store.path().symlink_to(store.path(base=1))
+    assert not objects.is_known_good(node)
+    store.path().unlink()
+    assert objects.is_known_good(node)
+    store.path().parent.rmdir()
+    store.path().parent.write_bytes(b"")
+    assert not objects.is_known_good(node)
+    store.path().parent.unlink()
+    flip(store.path(base=1), 0)
+    assert not objects.is_known_good(node)
+    flip(store.path(base=1), 0)
+    objects.open(node)
+    assert objects.is_known_good(node)
+    store.path(base=1).unlink()
+    assert not objects.is_known_good(node)
+
+
+def test_large_object_is_never_known_good(store: Store) -> None:
+    """It may be verified in part only, and has to be open."""
+    node = store.add(LARGE)
+    objects = store.open()
+    assert read_all(objects, node) == LARGE
+    assert not objects.is_known_good(node)
+
+
 def test_two_digests_of_one_object_share_nothing(store: Store) -> None:
     node = store.add(SMALL)
     other = node_of(len(SMALL), b"ab/object", Digest("sha256", bytes(32)))

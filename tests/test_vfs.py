@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from cfsfuse.basedirs import BaseDirectories, Descriptor
 from cfsfuse.erofs.overlay import Digest
-from cfsfuse.errors import CfsError, DigestMismatch, ImageError, ObjectMissing, ObjectUnusable
+from cfsfuse.errors import CfsError, DigestMismatch, ImageError, ObjectError, ObjectMissing, ObjectUnusable
 from cfsfuse.objects import WHOLE_FILE_MAX
 from cfsfuse.tree import External
 from cfsfuse.trees import TreeNeeded
@@ -236,6 +237,10 @@ class SlowStore:
         return loaded
 
     @staticmethod
+    def is_known_good(_: External) -> bool:
+        return False
+
+    @staticmethod
     def statvfs() -> os.statvfs_result | None:
         return None
 
@@ -282,6 +287,36 @@ async def test_a_fast_disk_is_waited_for_in_place(mounted: Mounted, slow: SlowSt
     assert await mounted.read(b"small", 0, 10) == bytes(10)
     assert waiting.pop() != threading.get_ident()
     assert mounted.vfs.in_flight == 0
+
+
+async def test_on_a_fast_disk_a_small_file_that_is_opened_again_is_looked_at_only(
+    mounted: Mounted, monkeypatch: pytest.MonkeyPatch, claim: Callable[[str, int], list[str]]
+) -> None:
+    mounted.vfs._pace._average = 0.0
+    opened: list[bytes] = []
+    original = BaseDirectories.open
+
+    def counting(directories: BaseDirectories, path: bytes, *, wait: bool = True) -> Descriptor:
+        opened.append(path)
+        return original(directories, path, wait=wait)
+
+    monkeypatch.setattr(BaseDirectories, "open", counting)
+    for _ in range(3):
+        await mounted.open(b"small")
+    assert opened == [b"bb/small"]
+    for path in (b"missing", b"no path", b"no digest"):
+        for _ in range(2):
+            if path == b"no digest":
+                await mounted.open(path)
+            else:
+                with pytest.raises(ObjectError):
+                    await mounted.open(path)
+    flip(mounted.store.path("bb/small"), 100)
+    with pytest.raises(DigestMismatch):
+        await mounted.open(b"small")
+    await reported(mounted.vfs)
+    for problem in ("not in any base directory", "no usable path", "fs-verity digest"):
+        claim(problem, 1)
 
 
 async def test_trees_of_large_files_do_not_take_the_threads_of_reads(mounted: Mounted, slow: SlowStore) -> None:
