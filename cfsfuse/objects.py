@@ -92,7 +92,7 @@ class ObjectStore:
     def is_known_good(self, node: External) -> bool:
         """Return whether a small file has been verified and its object looks as it did then, which `open` demands.
 
-        It takes a third of what `open` takes. It may wait for the disk.
+        It takes half the time that `open` takes. It may wait for the disk.
         """
         if node.path is None:
             return False

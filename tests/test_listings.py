@@ -94,24 +94,21 @@ def test_nothing_is_prepared_before_anybody_asks() -> None:
     assert not listings_of(Tree(BLOCKS)).work_ahead()
 
 
-def test_a_walk_that_leaves_something_out_is_followed() -> None:
-    """`find -prune` does not go into 2: what is below it is not read, what comes behind it is."""
+@pytest.mark.parametrize(
+    ("asked", "read"), [([(3, 0)], [(4, 0), (7, 0)]), ([(2, 0), (4, 0)], [(7, 0)])],
+    ids=["does not go into 2", "goes into 2, but not below it"],
+)  # fmt: skip
+def test_a_walk_that_leaves_something_out_is_followed(
+    asked: list[tuple[int, int]], read: list[tuple[int, int]]
+) -> None:
+    """As `find -prune` does: what it leaves out is not read, what comes behind it is."""
     tree = Tree(BLOCKS)
     ahead = listings_of(tree)
-    for asked in ((1, 0), (1, 1), (1, 2), (3, 0)):
-        ahead.get(*asked)
+    first = [(1, 0), (1, 1), (1, 2), *asked]
+    for directory, block in first:
+        ahead.get(directory, block)
     exhaust(ahead)
-    assert tree.read == [(1, 0), (1, 1), (1, 2), (3, 0), (4, 0), (7, 0)]
-
-
-def test_a_walk_that_leaves_something_out_below_is_followed() -> None:
-    """It has gone into 2, and prunes there: what is prepared of 5 and 6 is let go."""
-    tree = Tree(BLOCKS)
-    ahead = listings_of(tree)
-    for asked in ((1, 0), (1, 1), (1, 2), (2, 0), (4, 0)):
-        ahead.get(*asked)
-    exhaust(ahead)
-    assert tree.read == [(1, 0), (1, 1), (1, 2), (2, 0), (4, 0), (7, 0)]
+    assert tree.read == first + read
 
 
 def test_a_directory_that_is_known_in_part_is_gone_through() -> None:
